@@ -1,0 +1,176 @@
+"""Files to documents: folders, globs, plain or compressed, one document a file or a .jsonl row."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import importlib
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from .errors import DataError
+
+COMPRESSED = (".xz", ".gz", ".zst")
+
+
+class SourceFile(NamedTuple):
+    """A file, and its name in messages, splits and fingerprints (relative, so that moving a corpus changes nothing)."""
+
+    path: Path
+    name: str
+
+
+class Raw(NamedTuple):
+    """One document as it stands in its file: a whole file (line None) or one row of a .jsonl file."""
+
+    path: str
+    name: str
+    line: int | None
+    data: bytes
+
+    @property
+    def where(self) -> str:
+        return self.path if self.line is None else f"{self.path}:{self.line}"
+
+
+def is_jsonl(path: Path) -> bool:
+    """Whether the file holds one document a line."""
+    plain = path.with_suffix("") if path.suffix in COMPRESSED else path
+    return plain.suffix in (".jsonl", ".ndjson")
+
+
+def find_files(spec: str) -> list[SourceFile]:
+    """The files that a path, folder or glob names, sorted; hidden files of a folder are left out."""
+    path = Path(spec)
+    if path.is_file():
+        return [SourceFile(path, path.name)]
+    if path.is_dir():
+        found = sorted(f for f in path.rglob("*") if f.is_file() and not _hidden(f.relative_to(path)))
+        if not found:
+            raise DataError(f"{spec}: the folder holds no files")
+        return [SourceFile(f, f.relative_to(path).as_posix()) for f in found]
+    if glob.has_magic(spec):
+        found = sorted(Path(f) for f in glob.glob(spec, recursive=True) if Path(f).is_file())
+        if not found:
+            raise DataError(f"{spec}: no file matches")
+        base = Path(spec[: next(i for i, c in enumerate(spec) if c in "*?[")]).parent / "x"
+        return [SourceFile(f, f.relative_to(base.parent).as_posix() if _under(f, base) else f.name) for f in found]
+    raise DataError(f"{spec}: no such file or folder")
+
+
+def read_raw(file: SourceFile) -> Iterator[Raw]:
+    """The documents of one file, in order, not yet checked; blank lines of a .jsonl file are no rows."""
+    path = str(file.path)
+    try:
+        with _open(file.path) as stream:
+            if not is_jsonl(file.path):
+                yield Raw(path, file.name, None, stream.read())
+                return
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield Raw(path, file.name, number, line)
+    except (lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: damaged or truncated {file.path.suffix} file ({error})") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+
+
+def text_of(raw: Raw, field: str) -> bytes:
+    """The UTF-8 text of a document (empty when it has none); DataError names file, line or byte offset."""
+    if raw.line is None:
+        return _checked(raw.data, raw.where)
+    try:
+        row: Any = json.loads(_checked(raw.data, raw.where))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{raw.where}: not a JSON row ({error})") from None
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        has = f"it has {', '.join(map(str, row)) or 'none'}" if isinstance(row, dict) else "the row is no object"
+        raise DataError(
+            f"{raw.where}: no text in field {field!r} ({has}); name the field (data.text_field, --text-field)"
+        )
+    try:
+        return str(row[field]).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{raw.where}: field {field!r} is not Unicode text at character {error.start}") from None
+
+
+def _checked(data: bytes, where: str) -> bytes:
+    nul = data.find(0)
+    if nul >= 0:
+        hint = "it looks like UTF-16; convert it to UTF-8" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "not text"
+        raise DataError(
+            f"{where}: binary file, NUL byte at byte offset {nul} ({hint}). A glob such as "
+            "'FOLDER/**/*.txt' leaves such files out"
+        )
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: not UTF-8 at byte offset {error.start} (byte 0x{data[error.start]:02x}); convert it to UTF-8"
+        ) from None
+    return data
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.suffix == ".xz":
+        return lzma.open(path, "rb")
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix == ".zst":
+        return _open_zst(path)
+    return open(path, "rb")
+
+
+def _open_zst(path: Path) -> BinaryIO:
+    try:
+        importlib.import_module("zstandard")
+    except ImportError:
+        raise DataError(f"{path}: reading .zst needs zstandard: pip install 'gecko-lab[data]'") from None
+    return io.BufferedReader(_Zst(path), 1 << 20)  # type: ignore[return-value]
+
+
+class _Zst(io.RawIOBase):
+    """All frames of a .zst file; the library's own reader ends after the first and takes a cut file for a whole one."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = importlib.import_module("zstandard")
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            block = (self._frame.unused_data if self._frame and self._frame.eof else b"") or self._file.read(1 << 20)
+            if not block:
+                if self._frame and not self._frame.eof:
+                    raise EOFError("the file ends inside a frame")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._library.ZstdDecompressor().decompressobj()
+            try:
+                self._ready = memoryview(self._frame.decompress(block))
+            except self._library.ZstdError as error:
+                raise EOFError(str(error)) from None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
+
+
+def _under(path: Path, base: Path) -> bool:
+    return path.is_relative_to(base.parent)
