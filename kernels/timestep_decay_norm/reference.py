@@ -1,0 +1,80 @@
+"""Timestep decay norm in plain PyTorch (spec 1.2): both moving averages as masked triangular products."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..types import NormState
+
+BLOCK = 64  # steps per triangular product
+
+
+def decayed_sums(value: Tensor, start: Tensor, beta: float, segments: Tensor | None) -> Tensor:
+    """s_t = beta s_{t-1} + (1 - beta) value_t, restarted where segments change.
+
+    value (B, L, G), start (B, G) the sum before the first step (it belongs to segment 0), segments (B, L) -> (B, L, G).
+    """
+    _, length, _ = value.shape
+    sums, before = [], start
+    for begin in range(0, length, BLOCK):
+        block = value[:, begin : begin + BLOCK]
+        size = block.shape[1]
+        steps = torch.arange(size, device=value.device)
+        lag = steps[:, None] - steps
+        # powers in float64: float32 would round beta itself, and 1 - beta with it
+        weights = torch.where(lag >= 0, (1 - beta) * torch.pow(beta, lag.clamp(min=0).double()), 0.0).to(value.dtype)
+        fade = torch.pow(beta, steps.double() + 1).to(value.dtype)[:, None]
+        if segments is not None:
+            ids = segments[:, begin : begin + BLOCK]
+            weights = weights * (ids[:, :, None] == ids[:, None, :])
+            entering = segments[:, begin - 1 : begin] if begin else torch.zeros_like(ids[:, :1])
+            fade = fade * (ids == entering)[..., None]
+        total = weights @ block + fade * before[:, None]
+        sums.append(total)
+        before = total[:, -1]
+    return torch.cat(sums, 1)
+
+
+def steps_since_bos(length: int, count: Tensor, bos: Tensor | None) -> Tensor:
+    """(B, L) int64: steps of the document read up to and with each step; count (B,) those before the call."""
+    steps = torch.arange(1, length + 1, device=count.device)
+    carried = count[:, None] + steps
+    if bos is None:
+        return carried
+    started = torch.where(bos, steps, 0).cummax(1).values
+    return torch.where(started > 0, steps - started + 1, carried)
+
+
+def timestep_decay_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    groups: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    bos: Tensor | None = None,
+    state: NormState | None = None,
+) -> tuple[Tensor, NormState]:
+    batch, length, dim = x.shape
+    acc = torch.promote_types(x.dtype, torch.float32)
+    cells = x.to(acc).view(batch, length, groups, dim // groups)
+    mu = cells.mean(-1)
+    s2 = (cells - mu[..., None]).square().mean(-1)
+    if state is None:
+        zero = mu.new_zeros(batch, groups)
+        state = NormState(torch.zeros(batch, dtype=torch.int64, device=x.device), zero, zero)
+    segments = None if bos is None else bos.to(torch.int64).cumsum(1)
+    count = steps_since_bos(length, state.count, bos)
+    mean = decayed_sums(mu, state.mean.to(acc), beta1, segments)
+    var = decayed_sums(s2, state.var.to(acc), beta2, segments)
+    unbias1, unbias2 = (-torch.expm1(count.double() * math.log(beta))[..., None] for beta in (beta1, beta2))
+    centre = mean / unbias1.to(acc)
+    scale = torch.rsqrt(var / unbias2.to(acc) + eps)
+    y = ((cells - centre[..., None]) * scale[..., None]).view(batch, length, dim)
+    y = y * (1 + weight.to(acc)) + bias.to(acc)
+    return y.to(x.dtype), NormState(count[:, -1], mean[:, -1], var[:, -1])
