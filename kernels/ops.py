@@ -11,31 +11,33 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import checks
+from .adaptive_working_memory import reference as _adaptive_working_memory
+from .adaptive_working_memory.reference import state_from_chunk as memory_state
 from .backend import dispatch
 from .complex_ema import reference as _complex_ema
 from .gates import reference as _gates
 from .row_norm import reference as _row_norm
+from .sliding_chunk_attention import reference as _sliding_chunk_attention
 from .timestep_decay_norm import reference as _timestep_decay_norm
 from .timestep_norm import reference as _timestep_norm
-from .types import NormState
+from .types import AttentionState, MemoryState, NormState
 from .z_views import reference as _z_views
 
-
-def _check_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, bos: Tensor | None, state: NormState | None
-) -> None:
-    checks.shape("x", x, (None, None, None), "(B, L, D)")
-    checks.real("x", x)
-    batch, length, dim = x.shape
-    checks.divides("groups", groups, "D", dim)
-    checks.shape("weight", weight, (dim,), "(D,)")
-    checks.shape("bias", bias, (dim,), "(D,)")
-    checks.at_least("eps", eps, 0)
-    checks.mask("bos", bos, batch, length)
-    if state is not None:
-        checks.shape("state.count", state.count, (batch,), "(B,)")
-        checks.shape("state.mean", state.mean, (batch, groups), "(B, G)")
-        checks.shape("state.var", state.var, (batch, groups), "(B, G)")
+__all__ = [
+    "adaptive_working_memory",
+    "complex_ema",
+    "gate",
+    "layer_norm",
+    "memory_state",
+    "rms_norm",
+    "rotate",
+    "silu",
+    "sliding_chunk_attention",
+    "swiglu",
+    "timestep_decay_norm",
+    "timestep_norm",
+    "z_views",
+]
 
 
 def timestep_decay_norm(
@@ -56,7 +58,7 @@ def timestep_decay_norm(
     restart. Returns y like x and the state; its mean and var are the decayed sums before bias correction.
     Raises ValueError for sizes that do not fit, groups that do not divide D, betas outside (0, 1).
     """
-    _check_norm(x, weight, bias, groups, eps, bos, state)
+    checks.norm(x, weight, bias, groups, eps, bos, state)
     checks.fraction("beta1", beta1)
     checks.fraction("beta2", beta2)
     return dispatch(
@@ -90,7 +92,7 @@ def timestep_norm(
     None, as in Megalodon, never does. Returns y like x and the state, whose mean and var are moments.
     Raises ValueError for sizes that do not fit or groups that do not divide D.
     """
-    _check_norm(x, weight, bias, groups, eps, bos, state)
+    checks.norm(x, weight, bias, groups, eps, bos, state)
     return dispatch(
         "timestep_norm", _timestep_norm.timestep_norm, x, weight, bias, groups=groups, eps=eps, bos=bos, state=state
     )
@@ -128,7 +130,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, groups: int = 1, eps: f
 
     weight (D,) used as 1 + weight. Returns y like x. Raises ValueError for sizes that do not fit.
     """
-    _check_row_norm(x, weight, None, groups, eps)
+    checks.row_norm(x, weight, None, groups, eps)
     return dispatch("row_norm", _row_norm.rms_norm, x, weight, groups=groups, eps=eps)
 
 
@@ -139,20 +141,8 @@ def layer_norm(
 
     weight, bias (D,), weight used as 1 + weight. Returns y like x. Raises ValueError for sizes that do not fit.
     """
-    _check_row_norm(x, weight, bias, groups, eps)
+    checks.row_norm(x, weight, bias, groups, eps)
     return dispatch("row_norm", _row_norm.layer_norm, x, weight, bias, groups=groups, eps=eps)
-
-
-def _check_row_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> None:
-    checks.real("x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (..., D) with D at least 1")
-    dim = x.shape[-1]
-    checks.divides("groups", groups, "D", dim)
-    checks.at_least("eps", eps, 0)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None:
-            checks.shape(name, value, (dim,), "(D,)")
 
 
 def z_views(
@@ -180,7 +170,7 @@ def z_views(
     checks.shape("gamma", gamma, (None, width), "(R, Z)")
     checks.shape("beta", beta, (gamma.shape[0], width), "(R, Z)")
     if rope_heads and rotated:
-        _check_rope(cos, sin, length, width // heads, heads, rope_heads)
+        checks.rope(cos, sin, length, width // heads, heads, rope_heads)
     return dispatch(
         "z_views",
         _z_views.z_views,
@@ -196,26 +186,13 @@ def z_views(
     )
 
 
-def _check_rope(
-    cos: Tensor | None, sin: Tensor | None, length: int, features: int, heads: int, rope_heads: int
-) -> None:
-    if not 0 <= rope_heads <= heads:
-        raise ValueError(f"rope_heads is {rope_heads}; it must lie between 0 and the number of heads, {heads}")
-    if features % 2:
-        raise ValueError(f"the heads have {features} features; rotation needs an even number")
-    if cos is None or sin is None:
-        raise ValueError(f"cos and sin are needed because rope_heads is {rope_heads}; one of them is None")
-    checks.shape("cos", cos, (length, features // 2), "(L, S/2)")
-    checks.shape("sin", sin, (length, features // 2), "(L, S/2)")
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, rope_heads: int) -> Tensor:
     """Turn the pairs (2j, 2j+1) of x (B, L, H, S) counter-clockwise on the first ``rope_heads`` heads (spec 4.1).
 
     cos, sin (L, S/2) float32 of the angles. Returns y like x. Raises ValueError for sizes that do not fit.
     """
     checks.shape("x", x, (None, None, None, None), "(B, L, H, S)")
-    _check_rope(cos, sin, x.shape[1], x.shape[3], x.shape[2], rope_heads)
+    checks.rope(cos, sin, x.shape[1], x.shape[3], x.shape[2], rope_heads)
     return _z_views.rotate(x, cos, sin, rope_heads)
 
 
@@ -239,3 +216,80 @@ def gate(near: Tensor, r: Tensor, far: Tensor | None = None) -> Tensor:
     if far is not None:
         checks.shape("far", far, tuple(near.shape), "the shape of near")
     return dispatch("gates", _gates.gate, near, r, far)
+
+
+def sliding_chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    chunk: int,
+    segments: Tensor | None = None,
+    state: AttentionState | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, AttentionState]:
+    """Softmax attention of each query over the keys before it in its own and the previous chunk (spec 4.2).
+
+    q, k (B, L, H, S) rotated and scaled, v (B, L, H, E); chunks of ``chunk`` tokens lie on the grid of absolute
+    positions. segments (B, L) int64: only keys of the query's document are seen; None continues the open document.
+    dropout drops single (query, key) logits (DropKey, spec 4.3). Returns y (B, L, H, E) in v's dtype and the state,
+    at most 2C keys and values in their dtype. Raises ValueError for sizes that do not fit, dropout outside [0, 1).
+    """
+    checks.heads("q k", q, k, v, chunk, segments)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}; it must lie in [0, 1)")
+    if state is not None:
+        held = state.position - chunk * max(state.position // chunk - 1, 0)
+        batch, _, heads, features = q.shape
+        checks.shape("state.k", state.k, (batch, held, heads, features), "(B, M, H, S)")
+        checks.shape("state.v", state.v, (batch, held, heads, v.shape[3]), "(B, M, H, E)")
+        checks.ids("state.segments", state.segments, batch, held)
+    return dispatch(
+        "sliding_chunk_attention",
+        _sliding_chunk_attention.sliding_chunk_attention,
+        q,
+        k,
+        v,
+        chunk=chunk,
+        segments=segments,
+        state=state,
+        dropout=dropout,
+    )
+
+
+def adaptive_working_memory(
+    aq: Tensor,
+    ak: Tensor,
+    v: Tensor,
+    *,
+    chunk: int,
+    segments: Tensor | None = None,
+    state: MemoryState | None = None,
+    lag: int = 2,
+) -> tuple[Tensor, MemoryState]:
+    """Read a table of S rows that chunks are folded into, ``lag`` chunks after they began (spec 5.3).
+
+    aq, ak (B, L, H, S), v (B, L, H, E). A token of chunk c reads softmax(aq)^T M, M holding the chunks up to c - lag of
+    the document that chunk c - lag ends in; 0 for tokens of other documents. lag 2 tiles the past beside attention over
+    two chunks, lag 1 beside attention over the own chunk. segments (B, L) int64 never decreasing; None continues the
+    open document. Returns y (B, L, H, E) in v's dtype and the state, float32 or wider, of constant size;
+    ``memory_state`` makes one from a table. Raises ValueError for sizes, or a lag, that do not fit.
+    """
+    checks.heads("aq ak", aq, ak, v, chunk, segments)
+    checks.at_least("lag", lag, 1)
+    if state is not None:
+        batch, _, heads, features = aq.shape
+        if state.lam.shape[1] != lag:
+            raise ValueError(f"lag is {lag}; the state was made with lag {state.lam.shape[1]}, and they must be equal")
+        checks.shape("state.table", state.table, (batch, heads, features, v.shape[3]), "(B, H, S, E)")
+    return dispatch(
+        "adaptive_working_memory",
+        _adaptive_working_memory.adaptive_working_memory,
+        aq,
+        ak,
+        v,
+        chunk=chunk,
+        segments=segments,
+        state=state,
+        lag=lag,
+    )

@@ -82,8 +82,10 @@ def complex_ema(
     toeplitz = F.pad(taps, (size - 1, 0)).unfold(-1, size, 1).flip(-1)  # (D, t, s)
 
     local = torch.bmm(rows, ends)  # (D, B chunks, 2N)
-    local = torch.view_as_complex(local.view(dim, batch, chunks, modes, 2)) if q.is_complex() else local.view(
-        dim, batch, chunks, modes
+    local = (
+        torch.view_as_complex(local.view(dim, batch, chunks, modes, 2))
+        if q.is_complex()
+        else local.view(dim, batch, chunks, modes)
     )
     h = local.new_zeros(batch, dim, modes) if state is None else state.to(kind)
     enter = []
