@@ -15,6 +15,7 @@ from .corpora import Split
 from .errors import DataError
 from .rows import MixedRows, PackedRows, Rows, StreamRows, TokenStream, TruncatedRows
 from .source import TokenSource, join, unigram_entropy
+from .store import open_store
 from .tokenizers import Tokenizer, load_tokenizer
 
 
@@ -53,7 +54,7 @@ class LabData(lightning.LightningDataModule):
             return
         config = self.config
         splits, weights = self._splits()
-        held = self._read(as_list(config.val_path), hold_out=False)
+        held = self._read(as_list(config.val_path), training=False)
         vals = [s.train for s in held] or [s.val for s in splits if s.val is not None]
         if not vals:
             raise DataError(f"data.path={config.path}: nothing is held out for validation; give data.val_path")
@@ -130,20 +131,19 @@ class LabData(lightning.LightningDataModule):
             self.tokenizer = load_tokenizer(config.tokenizer)
             return [corpora.stdlib(self.tokenizer, config.val_fraction)], [None]
         pairs = config.parts()
-        return self._read([path for path, _ in pairs], hold_out=config.val_path is None), [w for _, w in pairs]
+        return self._read([path for path, _ in pairs], training=True), [w for _, w in pairs]
 
-    def _read(self, paths: list[str], hold_out: bool) -> list[Split]:
+    def _read(self, paths: list[str], training: bool) -> list[Split]:
         config = self.config
+        hold_out = training and config.val_path is None
         if config.name == "store":
-            from .store import open_store
-
             stores = [open_store(path) for path in paths]
             for path, store in zip(paths, stores):
                 if not hasattr(self, "tokenizer"):
                     self.tokenizer = store.tokenizer()
                 if store.tokenizer_fingerprint != self.tokenizer.fingerprint:
                     raise DataError(f"{path}: prepared with another tokenizer than the other stores of this run")
-            return [store.split() if hold_out else Split(store.everything(), None) for store in stores]
+            return [store.split() if training else Split(store.everything(), None) for store in stores]
         self.tokenizer = load_tokenizer(config.tokenizer)
         return [corpora.text(p, self.tokenizer, config.text_field, config.val_fraction, hold_out) for p in paths]
 

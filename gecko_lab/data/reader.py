@@ -9,13 +9,14 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from .errors import DataError
 
 COMPRESSED = (".xz", ".gz", ".zst")
+REPORT = 1 << 20
 
 
 class SourceFile(NamedTuple):
@@ -63,17 +64,24 @@ def find_files(spec: str) -> list[SourceFile]:
     raise DataError(f"{spec}: no such file or folder")
 
 
-def read_raw(file: SourceFile) -> Iterator[Raw]:
-    """The documents of one file, in order, not yet checked; blank lines of a .jsonl file are no rows."""
-    path = str(file.path)
+def read_raw(file: SourceFile, progress: Callable[[int], None] = lambda size: None) -> Iterator[Raw]:
+    """The documents of one file, in order, not yet checked; blank lines of a .jsonl file are no rows.
+
+    ``progress`` is told how many more bytes of the file on disk were read.
+    """
+    path, told = str(file.path), 0
     try:
-        with _open(file.path) as stream:
+        with file.path.open("rb") as disk, _opened(disk, file.path) as stream:
             if not is_jsonl(file.path):
                 yield Raw(path, file.name, None, stream.read())
-                return
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield Raw(path, file.name, number, line)
+            else:
+                for number, line in enumerate(stream, 1):
+                    if line.strip():
+                        yield Raw(path, file.name, number, line)
+                    if disk.tell() - told >= REPORT:
+                        progress(disk.tell() - told)
+                        told = disk.tell()
+            progress(disk.tell() - told)
     except (lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: damaged or truncated {file.path.suffix} file ({error})") from None
     except OSError as error:
@@ -116,30 +124,24 @@ def _checked(data: bytes, where: str) -> bytes:
     return data
 
 
-def _open(path: Path) -> BinaryIO:
+def _opened(disk: BinaryIO, path: Path) -> Any:
     if path.suffix == ".xz":
-        return lzma.open(path, "rb")
+        return lzma.open(disk)
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(disk)
     if path.suffix == ".zst":
-        return _open_zst(path)
-    return open(path, "rb")
-
-
-def _open_zst(path: Path) -> BinaryIO:
-    try:
-        importlib.import_module("zstandard")
-    except ImportError:
-        raise DataError(f"{path}: reading .zst needs zstandard: pip install 'gecko-lab[data]'") from None
-    return io.BufferedReader(_Zst(path), 1 << 20)  # type: ignore[return-value]
+        try:
+            return io.BufferedReader(_Zst(disk, importlib.import_module("zstandard")), 1 << 20)
+        except ImportError:
+            raise DataError(f"{path}: reading .zst needs zstandard: pip install 'gecko-lab[data]'") from None
+    return disk
 
 
 class _Zst(io.RawIOBase):
     """All frames of a .zst file; the library's own reader ends after the first and takes a cut file for a whole one."""
 
-    def __init__(self, path: Path) -> None:
-        self._library = importlib.import_module("zstandard")
-        self._file = path.open("rb")
+    def __init__(self, disk: BinaryIO, library: Any) -> None:
+        self._disk, self._library = disk, library
         self._frame: Any = None
         self._ready = memoryview(b"")
 
@@ -148,7 +150,7 @@ class _Zst(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            block = (self._frame.unused_data if self._frame and self._frame.eof else b"") or self._file.read(1 << 20)
+            block = (self._frame.unused_data if self._frame and self._frame.eof else b"") or self._disk.read(1 << 20)
             if not block:
                 if self._frame and not self._frame.eof:
                     raise EOFError("the file ends inside a frame")
@@ -162,10 +164,6 @@ class _Zst(io.RawIOBase):
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def _hidden(relative: Path) -> bool:

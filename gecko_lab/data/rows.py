@@ -112,7 +112,8 @@ class TruncatedRows:
     def starts(self, epoch: int) -> np.ndarray:
         """Positions in the epoch at which its rows begin, in the order of reading."""
         if self._rows[0] != epoch:
-            edges, found, index = self.stream.order(epoch)[1], [], 0
+            edges, index = self.stream.order(epoch)[1], 0
+            found: list[int] = []
             while index < len(edges) - 1 and (not found or edges[index] + self.length <= self.stream.tokens):
                 found.append(int(edges[index]))
                 index = int(np.searchsorted(edges, edges[index] + self.length))
