@@ -1,0 +1,87 @@
+// y = silu(a) [* b] [+ far] and its gradients: one pass over memory each. Defines: ELEMENT type, WIDTH elements an access.
+#include "ptx.cuh"
+
+using T = ELEMENT;
+constexpr int W = WIDTH;
+constexpr int UNROLL = 2;  // accesses a thread and operand, so that enough bytes are on their way
+
+// The fast division gives 0 where the exponential overflows, which is the limit.
+DEVICE float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+
+// a and b are rows of `columns` accesses, a_stride and b_stride elements apart; all else is contiguous.
+struct Offsets {
+    int64_t flat, a, b;
+    DEVICE Offsets(uint32_t i, uint32_t columns, int64_t a_stride, int64_t b_stride) {
+        const uint32_t row = i / columns, column = i - row * columns;
+        flat = int64_t(i) * W;
+        a = row * a_stride + int64_t(column) * W;
+        b = row * b_stride + int64_t(column) * W;
+    }
+};
+
+template <bool HAS_B, bool HAS_FAR>
+__global__ void __launch_bounds__(256) forward(T* y, const T* a, const T* b, const T* far, uint32_t count,
+                                               uint32_t columns, int64_t a_stride, int64_t b_stride) {
+    const uint32_t first = blockIdx.x * (blockDim.x * UNROLL) + threadIdx.x;
+    float xa[UNROLL][W], xb[UNROLL][W], xf[UNROLL][W];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+        const uint32_t i = first + u * blockDim.x;
+        if (i < count) {
+            const Offsets at(i, columns, a_stride, b_stride);
+            load(a + at.a, xa[u]);
+            if constexpr (HAS_B) load(b + at.b, xb[u]);
+            if constexpr (HAS_FAR) load(far + at.flat, xf[u]);
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+        const uint32_t i = first + u * blockDim.x;
+        if (i < count) {
+#pragma unroll
+            for (int w = 0; w < W; ++w) {
+                xa[u][w] *= sigmoid(xa[u][w]);
+                if constexpr (HAS_B) xa[u][w] *= xb[u][w];
+                if constexpr (HAS_FAR) xa[u][w] += xf[u][w];
+            }
+            store(y + int64_t(i) * W, xa[u]);
+        }
+    }
+}
+
+template <bool HAS_B>
+__global__ void __launch_bounds__(256) backward(T* da, T* db, const T* dy, const T* a, const T* b, uint32_t count,
+                                                uint32_t columns, int64_t a_stride, int64_t b_stride) {
+    const uint32_t first = blockIdx.x * (blockDim.x * UNROLL) + threadIdx.x;
+    float g[UNROLL][W], xa[UNROLL][W], xb[UNROLL][W];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+        const uint32_t i = first + u * blockDim.x;
+        if (i < count) {
+            const Offsets at(i, columns, a_stride, b_stride);
+            load(dy + at.flat, g[u]);
+            load(a + at.a, xa[u]);
+            if constexpr (HAS_B) load(b + at.b, xb[u]);
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+        const uint32_t i = first + u * blockDim.x;
+        if (i < count) {
+            const int64_t at = int64_t(i) * W;
+#pragma unroll
+            for (int w = 0; w < W; ++w) {
+                const float s = sigmoid(xa[u][w]), silu = xa[u][w] * s;
+                const float slope = s + silu * (1.f - s);
+                if constexpr (HAS_B) {
+                    xa[u][w] = g[u][w] * xb[u][w] * slope;
+                    xb[u][w] = g[u][w] * silu;
+                } else {
+                    xa[u][w] = g[u][w] * slope;
+                }
+            }
+            store(da + at, xa[u]);
+            if constexpr (HAS_B) store(db + at, xb[u]);
+        }
+    }
+}
