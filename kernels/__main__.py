@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,7 +23,9 @@ def list_kernels(console: Console) -> int:
     """Print every module with its kernels, without compiling anything."""
     table = Table("operation", "module", "kernels", "only on", title="CUDA kernels")
     for folder, module in inventory.entries():
-        table.add_row(folder, module.label, ", ".join(module.kernels), ", ".join(module.archs or ()))
+        instances = Counter(kernel.partition("<")[0] for kernel in module.kernels)
+        names = [name if count == 1 else f"{name} ({count})" for name, count in instances.items()]
+        table.add_row(folder, module.label, ", ".join(names), ", ".join(module.archs or ()))
     console.print(table)
     console.print(f"cache: {cache.folder() or 'none (no home directory)'}")
     if not torch.cuda.is_available():
@@ -39,6 +42,7 @@ def compile_kernels(console: Console, archs: Sequence[str], jobs: int) -> int:
         if entry.module.archs is None or arch in entry.module.archs
     ]
     table = Table("operation", "module", "kernel", "arch", "regs", "spills", "stack", "smem", "compile")
+    table.columns[1].overflow = "fold"
     start, failures = time.perf_counter(), []
 
     def build(item: tuple[inventory.Entry, str]) -> CompiledInfo | KernelError:
@@ -53,10 +57,13 @@ def compile_kernels(console: Console, archs: Sequence[str], jobs: int) -> int:
                 failures.append(info)
                 continue
             took = "cached" if info.from_cache else f"{info.seconds:.2f} s"
+            labels = [entry.folder, entry.module.label, took]
             for kernel, used in info.resources.items():
                 spills = used.spill_stores + used.spill_loads
                 numbers = (str(used.registers), str(spills), str(used.stack), str(used.shared))
-                table.add_row(entry.folder, entry.module.label, kernel, arch, *numbers, took)
+                folder, module, time_taken = labels
+                table.add_row(folder, module, kernel, arch, *numbers, time_taken)
+                labels = ["", "", ""]
     console.print(table)
     major, minor = version()
     seconds = time.perf_counter() - start
@@ -80,7 +87,7 @@ def check_kernels(console: Console, names: Sequence[str]) -> int:
     console.print(f"{torch.cuda.get_device_name(device)} ({arch_of(device.index)}), torch {torch.__version__}")
     table = Table("operation", "case", "dtype", "forward", "gradient", "ok", title="largest error / largest value")
     outcomes = []
-    with backend.using("strict"):
+    with backend.use("strict"):
         for example in inventory.examples():
             if names and example.op not in names:
                 continue

@@ -16,8 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import ops
 from .runtime import Module
 
+# The most bytes that a kernel of ours may spill to local memory, on any architecture.
+SPILL_BUDGET = 0
 ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 
 
@@ -86,6 +89,8 @@ def _examples() -> Iterator[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
     for op, options in (("timestep_decay_norm", decay), ("timestep_norm", norm)):
         yield op, "one document", (normal(batch, length, width), *weights), options
         yield op, "documents", (normal(batch, length, width), *weights), {**options, "bos": bos}
+        _, state = getattr(ops, op)(normal(batch, 9, width), *weights, **options)
+        yield op, "carried state", (normal(batch, 1, width), *weights), {**options, "state": state}
 
     radius = torch.rand(width, 16, generator=random) * 0.5 + 0.45
     angle = torch.rand(width, 16, generator=random) * math.pi
@@ -96,6 +101,9 @@ def _examples() -> Iterator[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
     yield "complex_ema", "one document", (x, p, q, gamma), {}
     yield "complex_ema", "documents", (x, p, q, gamma), {"bos": bos}
     yield "complex_ema", "real", (x, p, radius, gamma.real.contiguous()), {"bos": bos}
+    _, state = ops.complex_ema(x[:, :9], p, q, gamma)
+    yield "complex_ema", "carried state", (x, p, q, gamma), {"bos": bos, "state": state}
+    yield "complex_ema", "one token", (x[:, :1], p, q, gamma), {"state": state}
 
     heads, features, values, chunk = 2, 64, 128, 16
     keys = [normal(batch, length, heads, features) / features**0.25 for _ in range(2)]
@@ -109,3 +117,13 @@ def _examples() -> Iterator[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
     yield "rms_norm", "grouped", (x, weights[0]), {"eps": 1e-5, "groups": 4}
     yield "layer_norm", "weighted", (x, *weights), {"eps": 1e-5}
     yield "layer_norm", "grouped", (x, *weights), {"eps": 1e-5, "groups": 4}
+
+    other, third = normal(batch, length, width), normal(batch, length, width)
+    yield "silu", "", (x,), {}
+    yield "swiglu", "", (x, other), {}
+    yield "gate", "near and far", (x, other, third), {}
+    scales, shifts = normal(4, width, scale=0.1), normal(4, width, scale=0.1)
+    turns = torch.arange(length)[:, None] * torch.rand(features // 2, generator=random)
+    rotation = turns.cos(), turns.sin()
+    yield "z_views", "rotated", (x, scales, shifts, *rotation), {"heads": 4, "rope_heads": 4}
+    yield "z_views", "plain", (x, scales, shifts), {"heads": 4}

@@ -35,10 +35,13 @@ class Outcome:
 def compare(example: Example, dtype: torch.dtype, call: Callable[..., Any], device: torch.device) -> Outcome:
     """Compare `call` on a device with the same operation on the CPU in float64.
 
-    Tensors of three or more dimensions among the arguments take `dtype`; weights and states stay float32.
+    Positional tensors of three or more dimensions take `dtype`; weights, and the states among the keywords, stay
+    float32.
     """
     try:
-        inputs = tree_map(lambda leaf: _prepare(leaf, dtype, device), (example.args, example.kwargs))
+        args = [_prepare(leaf, dtype, device) for leaf in example.args]
+        kwargs = tree_map(lambda leaf: _prepare(leaf, torch.float32, device), example.kwargs)
+        inputs = args, kwargs
         exact = tree_map(_exact, inputs)
         outputs, gradients = _run(call, inputs)
         expected, expected_gradients = _run(call, exact)
