@@ -1,0 +1,51 @@
+"""Adaptive working memory (Gecko): a table per head that holds, compressed, what attention no longer sees (spec 5).
+
+Whole chunks are folded into it, ``lag`` chunks late, so that attention and table together cover the past.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from torch import Tensor, nn
+
+from ...kernels import ops
+from ..documents import Documents
+from ..registry import MEMORY, Shape, option
+
+
+@MEMORY.register("adaptive_working")
+class AdaptiveWorkingMemory(nn.Module):
+    """Reads softmax(aq)^T M, M (B, H, S, E) the table of the chunks up to c - lag for a token of chunk c."""
+
+    views = 2  # of z: aq, ak
+
+    @dataclass
+    class Config:
+        name: str = option("adaptive_working", "table of the chunks that attention no longer sees (Gecko)")
+        lag: Optional[int] = option(None, "chunks before one enters the table; null: as many as attention sees")  # noqa: UP045
+        allow_gap: bool = option(False, "accept a lag that leaves chunks seen by neither attention nor table")
+
+    def __init__(self, config: Config, shape: Shape, *, covered: int | None = None) -> None:
+        """covered: chunks that the attention beside it sees, the query's own included; None: all."""
+        super().__init__()
+        if config.lag is not None and config.lag < 1:
+            raise ValueError(f"model.memory.lag={config.lag}: must be at least 1 (a chunk is folded when it is complete)")
+        self.chunk = shape.chunk_size
+        self.lag = config.lag or covered or 2
+        if covered is not None and self.lag > covered:
+            message = (
+                f"model.memory.lag={self.lag}: chunks {covered} to {self.lag - 1} before the query's are seen neither by "
+                f"the attention, which covers {covered} with the query's own, nor by the table"
+            )
+            if not config.allow_gap:
+                raise ValueError(f"{message}; use a lag of at most {covered}, or model.memory.allow_gap=true")
+            warnings.warn(message, stacklevel=2)
+
+    def forward(self, aq: Tensor, ak: Tensor, v: Tensor, documents: Documents | None = None, state: Any = None,
+                ) -> tuple[Tensor, Any]:
+        """aq, ak (B, L, H, S), v (B, L, H, E) -> y (B, L, H, E) and the state."""
+        segments = None if documents is None else documents.segments
+        return ops.adaptive_working_memory(aq, ak, v, chunk=self.chunk, segments=segments, state=state, lag=self.lag)
