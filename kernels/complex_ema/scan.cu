@@ -1,0 +1,198 @@
+// The moving average one step after the other, all in float32: lane n of a group of LANES holds mode n of a channel,
+// and LANES steps make a round. For every dtype, length and width; the tensor-core form covers the common case faster.
+// x, y (B, L, D); bos (B, L); p, q, gamma (D, N); states (B, D, N).
+#include "ptx.cuh"
+
+constexpr int LANES = MODES;  // 4, 16 or 32, at least the number of modes
+constexpr int THREADS = 128;
+constexpr uint32_t ALL = 0xffffffffu;
+
+// One lane's place: a mode of a channel of a batch row. Lanes without one compute with zeros and store nothing.
+struct Place {
+    int lane, channel, row;
+    bool has_channel, has_mode;
+
+    DEVICE Place(int width, int modes) {
+        lane = threadIdx.x % LANES;
+        channel = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES;
+        row = blockIdx.y;
+        has_channel = channel < width;
+        channel = has_channel ? channel : width - 1;
+        has_mode = has_channel && lane < modes;
+    }
+    DEVICE int64_t parameter(int modes) const { return int64_t(channel) * modes + lane; }
+    DEVICE int64_t state(int width, int modes) const { return (int64_t(row) * width + channel) * modes + lane; }
+};
+
+DEVICE float2 times(float2 a, float2 b) { return make_float2(a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x); }
+
+// a b + c
+DEVICE float2 times_plus(float2 a, float2 b, float2 c) {
+    return make_float2(fmaf(a.x, b.x, fmaf(-a.y, b.y, c.x)), fmaf(a.x, b.y, fmaf(a.y, b.x, c.y)));
+}
+
+// Lane s gets the sum over the group of the values at index s, as values[0].
+template <int HALF> DEVICE void sum_to_own_index(float (&values)[LANES], int lane) {
+    if constexpr (HALF > 0) {
+        const bool upper = lane & HALF;
+#pragma unroll
+        for (int i = 0; i < HALF; ++i) {
+            const float sent = upper ? values[i] : values[i + HALF];
+            const float kept = upper ? values[i + HALF] : values[i];
+            values[i] = kept + __shfl_xor_sync(ALL, sent, HALF);
+        }
+        sum_to_own_index<HALF / 2>(values, lane);
+    }
+}
+
+// The steps of a round in the order in which they are run; lane s loads step s.
+template <class T, bool REVERSE> struct Steps {
+    const uint8_t* bos;
+    int length, width;
+    int64_t start, stride;  // of this lane's channel
+
+    DEVICE Steps(const Place& place, const uint8_t* bos, int length, int width)
+        : bos(bos ? bos + int64_t(place.row) * length : nullptr), length(length), width(width) {
+        start = int64_t(place.row) * length * width + place.channel;
+    }
+    DEVICE int time(int step) const { return REVERSE ? length - 1 - step : step; }
+    DEVICE int64_t offset(int step) const { return start + int64_t(time(step)) * width; }
+    DEVICE float value(const T* from, int step) const { return step < length ? to_float(from[offset(step)]) : 0.f; }
+    DEVICE bool begins(int step) const { return bos && step < length && bos[time(step)]; }
+};
+
+// Forward: h = keep q h + p x, y = Re(gamma h) + x, from `first` to `last`. Backward in time, with x = dy and y = dx:
+// e = first + gamma x, y = Re(p e) + x, first = keep q e; both states are then conjugates of gradients.
+template <class T, bool REVERSE>
+__global__ void __launch_bounds__(THREADS)
+    scan_filter(const T* x, const uint8_t* bos, const float* p, const float2* q, const float2* gamma,
+                const float2* first, T* y, float2* last, int length, int width, int modes) {
+    const Place place(width, modes);
+    const Steps<T, REVERSE> steps(place, bos, length, width);
+    float2 h = make_float2(0.f, 0.f), decay = h, output = h;
+    float input = 0.f;
+    if (place.has_mode) {
+        input = p[place.parameter(modes)];
+        decay = q[place.parameter(modes)];
+        output = gamma[place.parameter(modes)];
+        if (first) h = first[place.state(width, modes)];
+        if (REVERSE) h.y = -h.y;
+    }
+    const float2 zero = make_float2(0.f, 0.f);
+
+    float value = steps.value(x, place.lane);
+    bool begins = steps.begins(place.lane);
+    for (int round = 0; round < length; round += LANES) {
+        const float own = value;
+        const uint32_t resets = __ballot_sync(ALL, begins);
+        value = steps.value(x, round + LANES + place.lane);
+        begins = steps.begins(round + LANES + place.lane);
+        const int count = length - round;
+        float sums[LANES];
+        auto step = [&](int k, bool reset) {
+            const float input_x = __shfl_sync(ALL, own, k, LANES);
+            if constexpr (REVERSE) {
+                h = make_float2(fmaf(output.x, input_x, h.x), fmaf(output.y, input_x, h.y));
+                sums[k] = input * h.x;
+                h = reset ? zero : times(decay, h);
+            } else {
+                if (reset) h = zero;
+                h = times_plus(decay, h, make_float2(input * input_x, 0.f));
+                sums[k] = output.x * h.x - output.y * h.y;
+            }
+        };
+        if (resets == 0 && count >= LANES) {
+#pragma unroll
+            for (int k = 0; k < LANES; ++k) step(k, false);
+        } else {
+#pragma unroll
+            for (int k = 0; k < LANES; ++k) {
+                sums[k] = 0.f;
+                if (k < count) step(k, resets >> k & 1);
+            }
+        }
+        sum_to_own_index<LANES / 2>(sums, place.lane);
+        if (place.has_channel && place.lane < count)
+            y[steps.offset(round + place.lane)] = from_float<T>(sums[0] + own);
+    }
+    if (place.has_mode) last[place.state(width, modes)] = REVERSE ? make_float2(h.x, -h.y) : h;
+}
+
+// With u = keep q u + x and its derivative v = keep q v + (keep u before the step) with respect to q, from zero:
+// along_u = sum dy u and along_v = sum dy v.
+template <class T>
+__global__ void __launch_bounds__(THREADS)
+    scan_correlate(const T* x, const T* dy, const uint8_t* bos, const float2* q, float2* along_u, float2* along_v,
+                   int length, int width, int modes) {
+    const Place place(width, modes);
+    const Steps<T, false> steps(place, bos, length, width);
+    const float2 zero = make_float2(0.f, 0.f);
+    const float2 decay = place.has_mode ? q[place.parameter(modes)] : zero;
+    float2 u = zero, v = zero, sum_u = zero, sum_v = zero;
+
+    float value = steps.value(x, place.lane), gradient = steps.value(dy, place.lane);
+    bool begins = steps.begins(place.lane);
+    for (int round = 0; round < length; round += LANES) {
+        const float own_value = value, own_gradient = gradient;
+        const uint32_t resets = __ballot_sync(ALL, begins);
+        value = steps.value(x, round + LANES + place.lane);
+        gradient = steps.value(dy, round + LANES + place.lane);
+        begins = steps.begins(round + LANES + place.lane);
+        auto step = [&](int k, bool reset) {
+            if (reset) u = v = zero;
+            v = times_plus(decay, v, u);
+            u = times_plus(decay, u, make_float2(__shfl_sync(ALL, own_value, k, LANES), 0.f));
+            const float g = __shfl_sync(ALL, own_gradient, k, LANES);
+            sum_u = make_float2(fmaf(g, u.x, sum_u.x), fmaf(g, u.y, sum_u.y));
+            sum_v = make_float2(fmaf(g, v.x, sum_v.x), fmaf(g, v.y, sum_v.y));
+        };
+        if (resets == 0) {
+#pragma unroll
+            for (int k = 0; k < LANES; ++k) step(k, false);
+        } else {
+#pragma unroll
+            for (int k = 0; k < LANES; ++k) step(k, resets >> k & 1);
+        }
+    }
+    if (place.has_mode) {
+        along_u[place.state(width, modes)] = sum_u;
+        along_v[place.state(width, modes)] = sum_v;
+    }
+}
+
+// What reaches across an end of the sequence: power = sum q^t z_t and slope = sum t q^(t - 1) z_t over the steps of the
+// document that crosses that end. Forward that is every step before the first BOS; backward in time it is every
+// step down to the last BOS, which belongs to the document. The sums end where q^t no longer counts.
+template <class T, bool REVERSE>
+__global__ void __launch_bounds__(THREADS)
+    scan_edge(const T* z, const uint8_t* bos, const float2* q, float2* power, float2* slope, int length, int width,
+              int modes) {
+    const Place place(width, modes);
+    const Steps<T, REVERSE> steps(place, bos, length, width);
+    const float2 zero = make_float2(0.f, 0.f);
+    const float2 decay = place.has_mode ? q[place.parameter(modes)] : zero;
+    float2 w = make_float2(place.has_mode ? 1.f : 0.f, 0.f), dw = zero, sum = zero, sum_slope = zero;
+    constexpr float NEGLIGIBLE = 1e-30f;
+
+    for (int round = 0; round < length; round += LANES) {
+        const float own = steps.value(z, round + place.lane);
+        const uint32_t ends = __ballot_sync(ALL, steps.begins(round + place.lane));
+#pragma unroll
+        for (int k = 0; k < LANES; ++k) {
+            const bool end = ends >> k & 1;
+            if (!REVERSE && end) w = dw = zero;
+            const float value = __shfl_sync(ALL, own, k, LANES);
+            sum = make_float2(fmaf(value, w.x, sum.x), fmaf(value, w.y, sum.y));
+            sum_slope = make_float2(fmaf(value, dw.x, sum_slope.x), fmaf(value, dw.y, sum_slope.y));
+            if (REVERSE && end) w = dw = zero;
+            dw = times_plus(decay, dw, w);
+            w = times(decay, w);
+        }
+        const float size = fabsf(w.x) + fabsf(w.y) + fabsf(dw.x) + fabsf(dw.y);
+        if (!__any_sync(ALL, size > NEGLIGIBLE)) break;
+    }
+    if (place.has_mode) {
+        power[place.state(width, modes)] = sum;
+        slope[place.state(width, modes)] = sum_slope;
+    }
+}
