@@ -1,0 +1,233 @@
+"""The moving average's kernels against the float64 recurrence: values, gradients, and how they are launched."""
+
+import math
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from gecko_lab.kernels.complex_ema import steps
+from gecko_lab.kernels.complex_ema.cuda import complex_ema
+from gecko_lab.kernels.complex_ema.reference import complex_ema as reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+NAMES = ("y", "h", "dx", "dp", "dq", "dgamma", "dstate")
+
+
+def inputs(
+    batch: int, length: int, width: int, modes: int, dtype: torch.dtype, *, slow: bool = False
+) -> tuple[Tensor, ...]:
+    random = torch.Generator().manual_seed(length * 31 + width + modes)
+    p = torch.rand(width, modes, generator=random)
+    spread = torch.rand(width, modes, generator=random)
+    radius = 1 - 1e-4 * (0.5 + spread) if slow else 0.4 + 0.59 * spread
+    q = torch.polar(radius, math.tau * torch.rand(width, modes, generator=random))
+    gamma = torch.randn(width, modes, generator=random, dtype=torch.complex64) / modes**0.5
+    x = torch.randn(batch, length, width, generator=random).to(dtype)
+    state = torch.randn(batch, width, modes, generator=random, dtype=torch.complex64)
+    return tuple(t.cuda().requires_grad_() for t in (x, p, q, gamma, state))
+
+
+def boundaries(batch: int, length: int, where: tuple[int, ...]) -> Tensor | None:
+    if not where:
+        return None
+    bos = torch.zeros(batch, length, dtype=torch.bool)
+    bos[-1, [t % length for t in where]] = True
+    return bos.cuda()
+
+
+def exact(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64).requires_grad_()
+
+
+def poison() -> None:
+    """Leave NaN in the memory that the next allocations take."""
+    blocks = [torch.full((size,), float("nan"), device="cuda") for size in [1 << 20] * 24 + [1 << 12] * 64]
+    del blocks
+
+
+def run(function, leaves: tuple[Tensor, ...], seeds: tuple[Tensor, Tensor], bos: Tensor | None, *, final: bool):  # type: ignore[no-untyped-def]
+    x, p, q, gamma, *state = leaves
+    y, h = function(x, p, q, gamma, bos=bos, state=state[0] if state else None)
+    outputs, given = ([y, h], [s.to(t.dtype) for s, t in zip(seeds, (y, h))])
+    if not final:
+        outputs, given = outputs[:1], given[:1]
+    return (y, h, *torch.autograd.grad(outputs, leaves, given))
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    ours, theirs = exact(ours).detach(), theirs.detach()
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
+
+
+def check(
+    leaves: tuple[Tensor, ...], bos: Tensor | None, *, final: bool, limit: float, output_limit: float | None = None
+) -> None:
+    x, _, q = leaves[:3]
+    seeds = torch.randn_like(x), torch.randn((x.shape[0], *q.shape), dtype=torch.complex64, device="cuda")
+    poison()
+    ours = run(complex_ema, leaves, seeds, bos, final=final)
+    theirs = run(reference, tuple(exact(t) for t in leaves), seeds, bos, final=final)
+    worst = {name: error(a, b) for name, a, b in zip(NAMES, ours, theirs)}
+    for name, value in worst.items():
+        allowed = output_limit if output_limit is not None and name in ("y", "dx") else limit
+        assert value <= allowed, f"{name}: relative error {value:.2e} above {allowed:.1e}; all: {worst}"
+
+
+BF16 = {"limit": 1e-4, "output_limit": 2.5e-3}  # rounding the outputs to bfloat16 alone is 1.7e-3
+FP32 = {"limit": 1e-5}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 2, 7, 63, 64, 65, 257, 511, 512, 513, 1000, 1537])
+def test_any_length(length: int, dtype: torch.dtype) -> None:
+    *leaves, state = inputs(2, length, 64, 16, dtype)
+    limits = FP32 if dtype is torch.float32 else BF16
+    check(tuple(leaves), None, final=False, **limits)
+    check((*leaves, state), boundaries(2, length, (0, length // 2, -1)), final=True, **limits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", [(0,), (-1,), (0, -1), (300, 301, 302), tuple(range(10, 700, 37)), (31, 32, 512)])
+@pytest.mark.parametrize("carried", [False, True])
+def test_documents(where: tuple[int, ...], carried: bool, dtype: torch.dtype) -> None:
+    leaves = inputs(2, 1100, 48, 16, dtype)
+    check(
+        leaves if carried else leaves[:4],
+        boundaries(2, 1100, where),
+        final=True,
+        **(FP32 if dtype is torch.float32 else BF16),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("width", "modes"), [(32, 1), (33, 4), (40, 5), (96, 16), (256, 16), (100, 16), (16, 17), (8, 32)]
+)
+def test_any_width_and_modes(width: int, modes: int, dtype: torch.dtype) -> None:
+    leaves = inputs(3, 600, width, modes, dtype)
+    limits = FP32 if dtype is torch.float32 else BF16
+    check(leaves, None, final=True, **limits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slow_decays(dtype: torch.dtype) -> None:
+    """|q| about 0.9999: float32 steps add up 1e-4; the chunked form is closer."""
+    leaves = inputs(1, 8192, 32, 16, dtype, slow=True)
+    check(leaves, None, final=True, limit=3e-4, output_limit=2.5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_real_average(dtype: torch.dtype) -> None:
+    x, p, q, gamma, state = inputs(2, 700, 64, 2, dtype)
+    real = [t.detach().real.contiguous().requires_grad_() for t in (q, gamma, state)]
+    leaves = (x, p, real[0], real[1], real[2])
+    y, h = complex_ema(*leaves[:4], state=leaves[4])
+    wide = [exact(t) for t in leaves]
+    expected, last = reference(*wide[:4], state=wide[4])
+    assert not h.is_complex()
+    assert error(y, expected) < 2.5e-3
+    assert error(h, last) < 1e-4
+    ours = torch.autograd.grad(y.float().sum() + h.sum(), leaves)
+    for name, a, b in zip(NAMES[2:], ours, torch.autograd.grad(expected.sum() + last.sum(), wide)):
+        assert error(a, b) < 3e-3, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cuts", [(1, 2, 3), (512,), (512, 1024), (100, 700, 1300)])
+def test_pieces_with_a_carried_state_equal_the_whole(cuts: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, p, q, gamma, state = (t.detach() for t in inputs(2, 1500, 64, 16, dtype))
+    bos = boundaries(2, 1500, (3, 800))
+    whole, last = complex_ema(x, p, q, gamma, bos=bos, state=state)
+    pieces = []
+    for start, stop in zip((0, *cuts), (*cuts, 1500)):
+        assert bos is not None
+        y, state = complex_ema(x[:, start:stop], p, q, gamma, bos=bos[:, start:stop], state=state)
+        pieces.append(y)
+    assert error(torch.cat(pieces, 1), whole.double()) < (1e-5 if dtype is torch.float32 else 1e-3)
+    assert error(state, last.to(torch.complex128)) < 1e-4
+
+
+def test_strided_and_conjugated_inputs() -> None:
+    x, p, q, gamma, _ = (t.detach() for t in inputs(2, 300, 64, 16, torch.float32))
+    y, _ = complex_ema(x, p, q.conj(), gamma.conj())
+    expected, _ = complex_ema(x, p, q.conj().resolve_conj(), gamma.conj().resolve_conj())
+    torch.testing.assert_close(y, expected)
+    strided = x.transpose(0, 1).contiguous().transpose(0, 1)
+    torch.testing.assert_close(complex_ema(strided, p, q, gamma)[0], complex_ema(x, p, q, gamma)[0])
+
+
+def test_deterministic_on_another_stream_and_thread() -> None:
+    leaves = inputs(2, 2048, 64, 16, torch.bfloat16)
+    seed = torch.randn_like(leaves[0]), torch.randn((2, 64, 16), dtype=torch.complex64, device="cuda")
+    first = run(complex_ema, leaves, seed, None, final=True)
+    torch.cuda.synchronize()
+    results: list[tuple[Tensor, ...]] = []
+
+    def elsewhere() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results.append(run(complex_ema, leaves, seed, None, final=True))
+            torch.cuda.current_stream().synchronize()
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    for name, a, b in zip(NAMES, first, results[0]):
+        assert torch.equal(a, b), name
+
+
+def test_graph_capture_and_replay() -> None:
+    leaves = inputs(1, 1024, 64, 16, torch.bfloat16)
+    seed = torch.randn_like(leaves[0]), torch.randn((1, 64, 16), dtype=torch.complex64, device="cuda")
+    bos = boundaries(1, 1024, (5,))
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run(complex_ema, leaves, seed, bos, final=True)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(complex_ema, leaves, seed, bos, final=True)
+    with torch.no_grad():
+        leaves[0].copy_(torch.randn_like(leaves[0]))
+        assert bos is not None
+        bos.copy_(boundaries(1, 1024, (700, 701)))
+    graph.replay()
+    for name, a, b in zip(NAMES, captured, run(complex_ema, leaves, seed, bos, final=True)):
+        assert torch.equal(a, b), name
+
+
+def test_compiled_step_matches_eager() -> None:
+    leaves = inputs(2, 700, 64, 16, torch.float32)
+
+    def loss(*leaves: Tensor) -> Tensor:
+        y, h = complex_ema(*leaves[:4], state=leaves[4])
+        return y.square().sum() + h.real.sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(*leaves), leaves)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_operator_sums_match_the_plain_steps() -> None:
+    """The parts that the gradients are made of, one by one, so that a fault names its kernel."""
+    from gecko_lab.kernels.complex_ema import launches
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x, p, q, gamma, state = (t.detach() for t in inputs(2, 1100, 48, 16, dtype))
+        wide = [exact(t).detach() for t in (x, p, q, gamma, state)]
+        dy = torch.randn_like(x)
+        for bos in (None, boundaries(2, 1100, (0, 40, 41, 600))):
+            for reverse in (False, True):
+                ours = launches.filter_steps(x, p, q, gamma, bos, state, reverse=reverse)
+                theirs = steps.filter_steps(*wide[:4], bos, wide[4], reverse=reverse)
+                assert error(ours[0], theirs[0]) < (1e-5 if dtype is torch.float32 else 2.5e-3), (dtype, reverse)
+                assert error(ours[1], theirs[1]) < 2e-5, (dtype, reverse)
+                ours = launches.edge(x, q, bos, reverse=reverse)
+                for a, b in zip(ours, steps.edge(wide[0], wide[2], bos, reverse=reverse)):
+                    assert error(a, b) < 1e-5, (dtype, reverse)
+            for a, b in zip(
+                launches.correlate(x, dy, q, bos), steps.correlate(wide[0], exact(dy).detach(), wide[2], bos)
+            ):
+                assert error(a, b) < 2e-5, dtype
