@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import importlib
 from pathlib import Path
@@ -149,7 +150,8 @@ class TiktokenTokenizer(Tokenizer):
         if Path(name).is_file():
             self.file = Path(name)
             try:
-                ranks = importlib.import_module("tiktoken.load").load_tiktoken_bpe(name)
+                lines = [line.split() for line in _read(self.file).splitlines() if line]
+                ranks = {base64.b64decode(piece): int(rank) for piece, rank in lines}
                 self._model = library.Encoding(name, pat_str=CL100K, mergeable_ranks=ranks, special_tokens={})
             except Exception as error:
                 raise DataError(f"{name}: not a file of tiktoken ranks ({error})") from None
