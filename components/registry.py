@@ -51,7 +51,8 @@ class Shape:
 
     Letters used in the names of tensors: B batch, L sequence, D ``dim``, Z ``z_dim``, V ``value_dim``,
     H ``num_heads``, S = Z / H key features of a head, E = V / H value features of a head, F ``ffn_dim``,
-    C ``chunk_size``, N modes of a moving average, G norm groups.
+    C ``chunk_size``, N ``ema_modes``, G ``norm_groups``. Sizes stand here and not in a component's ``Config`` so that
+    a preset's sizes hold whatever component is swapped in.
     """
 
     dim: int
@@ -60,6 +61,10 @@ class Shape:
     num_heads: int
     ffn_dim: int
     chunk_size: int
+    ema_modes: int = 16
+    norm_groups: int = 8
+    rope_base: float = 500_000.0
+    num_rope_heads: int | None = None
     norm_eps: float = 1e-5
     norm_affine: bool = True
     init: str = "he"
@@ -69,7 +74,7 @@ class Shape:
     layer: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("dim", "z_dim", "value_dim", "num_heads", "ffn_dim", "chunk_size"):
+        for name in ("dim", "z_dim", "value_dim", "num_heads", "ffn_dim", "chunk_size", "ema_modes", "norm_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
         for name in ("z_dim", "value_dim"):

@@ -10,3 +10,24 @@ for _link in ("components", "kernels", "conf"):
             f"gecko_lab/{_link} is not a folder: this copy was made without symbolic links (a .zip download, or git on "
             "Windows with core.symlinks=false). Clone again with `git clone -c core.symlinks=true`, or install the wheel."
         )
+
+_LAZY = {
+    "LanguageModel": "model",
+    "ModelConfig": "model",
+    "ModelState": "model",
+    "build_config": "build",
+    "build_model": "build",
+    "load": "export",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Public names, imported on first use so that ``import gecko_lab.kernels`` needs torch only."""
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module 'gecko_lab' has no attribute {name!r}")
+
+
+__all__ = ["LanguageModel", "ModelConfig", "ModelState", "__version__", "build_config", "build_model", "load"]

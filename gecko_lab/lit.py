@@ -1,0 +1,148 @@
+"""The LightningModule: one training step, one validation step, what they log, and what a resume needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from .components import state as states
+from .config import OptimConfig, TrainConfig, TrainerConfig
+from .errors import RunError
+from .loss import token_losses
+from .metrics import LanguageMetrics
+from .model import LanguageModel, ModelConfig, ModelState
+from .optim import make_optimizer
+
+Batch = dict[str, Any]
+
+
+class LitLanguageModel(L.LightningModule):
+    """Trains a LanguageModel on batches {tokens (B, L), targets (B, L), bytes}.
+
+    With ``stream`` the model's state is carried from batch to batch, detached: truncated back-propagation through
+    time. Checkpoints hold plain values only, so that they load without executing anything.
+    """
+
+    def __init__(self, config: TrainConfig, bos_id: int | None, stream: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.bos_id, self.stream = bos_id, stream
+        self.model = LanguageModel(config.model)
+        self.val_metrics = LanguageMetrics()
+        self.state: ModelState | None = None
+        self.last_loss: Tensor | None = None
+        self.gradient_norm: Tensor | None = None
+        self._rng: dict[str, Any] | None = None
+        self._stream_leaves: list[Any] | None = None
+
+    @property
+    def optim(self) -> OptimConfig:
+        return self.config.optim
+
+    @property
+    def training_config(self) -> TrainerConfig:
+        return self.config.trainer
+
+    def configure_model(self) -> None:
+        if self.training_config.compile:
+            for block in self.model.blocks:
+                block.compile()
+
+    def configure_optimizers(self) -> Any:
+        return make_optimizer(self.model, self.optim, self.training_config.max_steps)
+
+    def losses(self, batch: Batch, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
+        """Nats of every target (B, L), and the state after the batch."""
+        features, after = self.model.features(batch["tokens"], state, self.bos_id)
+        return token_losses(features, self.model.head.weight, batch["targets"], self.training_config.loss_chunk), after
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        losses, state = self.losses(batch, self.state if self.stream else None)
+        if self.stream:
+            self.state = states.detach(state)
+        loss = losses.mean()
+        self.last_loss = loss.detach()
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        losses, _ = self.losses(batch)
+        self.val_metrics.update(losses, batch["bytes"])
+
+    def on_validation_epoch_end(self) -> None:
+        for name, value in self.val_metrics.compute().items():
+            self.log(f"val/{name}", value, prog_bar=name != "perplexity", rank_zero_only=False)
+        self.val_metrics.reset()
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        """Clip to the global norm and keep it for the record."""
+        limit = self.optim.clip or float("inf")
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["gecko_lab"] = {
+            "model": dataclasses.asdict(self.config.model),
+            "stream_state": states.flatten(states.detach(self.state))[0] if self.state is not None else None,
+            "rng": _rng_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        extra = checkpoint.get("gecko_lab", {})
+        saved, here = extra.get("model", {}), dataclasses.asdict(self.config.model)
+        different = sorted(k for k in here if saved.get(k) != here[k] and k not in ("checkpoint_blocks", "family"))
+        if different:
+            raise RunError(
+                "the checkpoint is of another architecture; it differs in "
+                + ", ".join(f"model.{k} (checkpoint {saved.get(k)}, here {here[k]})" for k in different)
+            )
+        self._rng, self._stream_leaves = extra.get("rng"), extra.get("stream_state")
+
+    def on_train_start(self) -> None:
+        if self._rng is not None:
+            _set_rng_state(self._rng)
+            self._rng = None
+        if self._stream_leaves is not None:
+            self.state = self._restore_stream(self._stream_leaves)
+            self._stream_leaves = None
+
+    def _restore_stream(self, leaves: list[Any]) -> ModelState:
+        """Saved leaves into this model's own state structure, learnt by reading one token."""
+        rows = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor))
+        probe = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
+        with torch.no_grad():
+            _, like = self.model.features(probe, None, self.bos_id)
+        return states.to(states.unflatten(leaves, like), self.device)
+
+
+def _rng_state() -> dict[str, Any]:
+    kind, keys, pos, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), pos, has_gauss, cached],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def _set_rng_state(saved: dict[str, Any]) -> None:
+    torch.set_rng_state(saved["torch"])
+    if saved["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["cuda"])
+    kind, keys, pos, has_gauss, cached = saved["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
+    version, internal, gauss = saved["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def model_from_checkpoint(checkpoint: dict[str, Any]) -> LanguageModel:
+    """The LanguageModel that a checkpoint of a run holds, in eval mode."""
+    model = LanguageModel(ModelConfig.from_dict(checkpoint["gecko_lab"]["model"]))
+    weights = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
+    model.load_state_dict({k.replace("._orig_mod", ""): v for k, v in weights.items()})
+    return model.eval()

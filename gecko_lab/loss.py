@@ -1,0 +1,64 @@
+"""Cross entropy of a large vocabulary without ever holding all logits.
+
+The head's product and the softmax go over ``chunk`` positions at a time, forward and backward; what is saved is the
+features. One extra head product in the backward pass buys B * L * V * 4 bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        ctx.save_for_backward(x, weight, targets)
+        ctx.chunk = chunk
+        w = weight.to(x.dtype)
+        losses = [
+            F.cross_entropy(_wide(part @ w.T), goal, reduction="none")
+            for part, goal in zip(x.split(chunk), targets.split(chunk))
+        ]
+        return torch.cat(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, targets = ctx.saved_tensors
+        w = weight.to(x.dtype)
+        dx = torch.empty_like(x)
+        dw = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for start in range(0, len(x), ctx.chunk):
+            span = slice(start, start + ctx.chunk)
+            p = torch.softmax(_wide(x[span] @ w.T), dim=-1)
+            p[torch.arange(len(p), device=p.device), targets[span]] -= 1
+            p = (p * grads[0][span, None]).to(x.dtype)
+            dx[span] = p @ w
+            dw += p.T @ x[span]
+        return dx, dw.to(weight.dtype), None, None
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def token_losses(features: Tensor, weight: Tensor, targets: Tensor, chunk: int = 4096) -> Tensor:
+    """Cross entropy of each token in nats: features (B, L, D), weight (V, D), targets (B, L) -> (B, L) float32.
+
+    ``chunk`` positions have their logits in memory at once; 0 means all of them.
+    """
+    batch, length, dim = features.shape
+    if torch.is_autocast_enabled(features.device.type):
+        features = features.to(torch.get_autocast_dtype(features.device.type))
+    flat, goal = features.reshape(-1, dim), targets.reshape(-1)
+    if chunk == 0 or chunk >= len(flat):
+        with torch.autocast(features.device.type, enabled=False):
+            losses = F.cross_entropy(_wide(flat @ weight.to(flat.dtype).T), goal, reduction="none")
+    else:
+        losses = _LinearCrossEntropy.apply(flat, weight, goal, chunk)
+    return losses.view(batch, length)

@@ -1,0 +1,265 @@
+"""The main job: ``python -m gecko_lab.train [overrides]`` trains a language model and says what it learned.
+
+Nothing is built before every name, field and size is known to be good, and before the run folder is known to be free.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from .errors import LabError, RunError
+
+log = logging.getLogger(__name__)
+TEXT = "Trains a language model; the run lands in runs/DATE_TIME (hydra.run.dir=FOLDER to choose)."
+
+
+def make_trainer(config: Any, folder: Any, callbacks: list[Any], logger: Any) -> Any:
+    """Lightning's Trainer over one endless epoch of batches."""
+    import lightning as L
+    from lightning.pytorch.callbacks import RichProgressBar
+
+    from .checkpoint import SafeCheckpointIO
+
+    options = config.trainer
+    strategy: Any = options.strategy
+    if strategy == "fsdp":
+        from lightning.pytorch.strategies import ModelParallelStrategy
+
+        strategy = ModelParallelStrategy(data_parallel_size=options.devices * options.num_nodes, tensor_parallel_size=1)
+    if options.progress and sys.stderr.isatty():
+        callbacks = [*callbacks, RichProgressBar(leave=True)]
+    return L.Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=strategy,
+        precision=options.precision,
+        max_steps=options.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=options.accumulate,
+        val_check_interval=config.log.validate_every_n_steps * options.accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=config.log.every_n_steps,
+        deterministic="warn" if options.deterministic else False,
+        use_distributed_sampler=False,
+        enable_progress_bar=options.progress,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=callbacks,
+        logger=logger,
+        plugins=[SafeCheckpointIO()],
+        default_root_dir=folder.path,
+    )
+
+
+def train(config: Any, run_dir: str | Path, config_yaml: str = "") -> dict[str, float]:
+    """Run the whole job in ``run_dir``; returns the final validation metrics.
+
+    Raises LabError for what the user can mend. Exits with code 75 when a signal stopped the run after a checkpoint.
+    """
+    import lightning as L
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from . import checkpoint as checkpoints
+    from .callbacks import Interrupt, Recorder, Saver
+    from .data.module import LabData
+    from .kernels import backend
+    from .lit import LitLanguageModel
+    from .run import RunFolder, environment
+
+    _quiet()
+    folder, first = RunFolder(run_dir), _is_first_process()
+    if first:
+        folder.check_free(config.resume)
+        folder.claim()
+    backend.set_mode(config.kernels)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+
+    data = LabData(
+        config.data, config.seed, config.trainer.batch_size, total_batches=config.trainer.max_steps * config.trainer.accumulate
+    )
+    data.setup()
+    if data.tokenizer.vocab_size > config.model.vocab_size:
+        raise RunError(
+            f"model.vocab_size={config.model.vocab_size}: the tokenizer {data.tokenizer.name} has "
+            f"{data.tokenizer.vocab_size} tokens; set model.vocab_size={data.tokenizer.vocab_size} or more"
+        )
+    module = LitLanguageModel(config, bos_id=data.tokenizer.bos_id, stream=config.data.mode == "stream")
+    facts = {"parameters": module.model.num_parameters(), **data.describe()}
+    start = None
+    if config.resume is not None:
+        start = checkpoints.latest_good(folder.checkpoints) if config.resume == "auto" else Path(config.resume)
+    if first:
+        folder.record(config_yaml, environment(kernels=config.kernels, seed=config.seed, data=facts, resumed_from=str(start)))
+        _introduce(config, module, facts, folder)
+
+    saver = Saver(folder.checkpoints, config.checkpoint)
+    recorder = Recorder(folder.path / "metrics.jsonl", config.log.every_n_steps)
+    interrupt = Interrupt(saver)
+    logger = TensorBoardLogger(save_dir=str(folder.path), name="", version="tensorboard", default_hp_metric=False)
+    trainer = make_trainer(config, folder, [recorder, saver, interrupt], logger)
+    logger.log_hyperparams(_flat(OmegaConf.to_container(OmegaConf.structured(config))), {"val/loss": math.nan, "val/bits_per_byte": math.nan})
+    trainer.fit(module, datamodule=data, ckpt_path=str(start) if start else None)
+    if interrupt.received is not None:
+        if first:
+            print(f"\nStopped at step {trainer.global_step}. Continue with: python -m gecko_lab.train ... "
+                  f"hydra.run.dir={folder.path} resume=auto", flush=True)
+        sys.exit(Interrupt.EXIT_CODE)
+
+    trainer.validate(module, datamodule=data, verbose=False)
+    results = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+    if trainer.is_global_zero:
+        logger.log_metrics(results, step=trainer.global_step)
+        logger.save()
+        _conclude(config, module, data, results, folder, logger)
+    return results
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")) == "0"
+
+
+def _quiet() -> None:
+    """Drop advice that does not apply here, so that what remains is worth reading."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*LeafSpec.*",
+        ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*lr_scheduler.step.*",
+        ".*isinstance.treespec.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested plain values as dotted names, as TensorBoard's HPARAMS view shows them."""
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return found
+
+
+def _introduce(config: Any, module: Any, facts: dict[str, Any], folder: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    model = config.model
+    parts = " + ".join(getattr(model, kind).name for kind in ("norm", "ema", "attention", "memory", "feedforward"))
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("model", f"{model.family}: {facts['parameters']:,} parameters, {model.num_layers} layers of {parts}")
+    table.add_row("data", data_line(facts))
+    table.add_row("baseline", f"unigram entropy of the validation bytes: {facts['val_unigram_bits_per_byte']:.3f} bits per byte")
+    table.add_row("run", str(folder.path))
+    Console(soft_wrap=True).print(table)
+
+
+def data_line(facts: dict[str, Any]) -> str:
+    """One line on what is read."""
+    return (
+        f"{facts['data']}: {facts['train_documents']:,} documents, {facts['train_bytes'] / 1e6:.1f} MB to train on, "
+        f"{facts['val_documents']:,} documents, {facts['val_bytes'] / 1e6:.2f} MB to validate (fingerprint {facts['fingerprint'][:12]})"
+    )
+
+
+def _conclude(config: Any, module: Any, data: Any, results: dict[str, float], folder: Any, logger: Any) -> None:
+    from rich.console import Console
+    from rich.rule import Rule
+
+    from .generation import generate
+    from .run import write_atomic
+
+    console = Console(soft_wrap=True)
+    if config.log.sample_tokens:
+        tokenizer = data.tokenizer
+        prompt = [tokenizer.bos_id, *tokenizer.encode(config.log.sample_prompt).tolist()]
+        generator = torch.Generator(device=module.device).manual_seed(config.seed)
+        stream = generate(
+            module.model,
+            torch.tensor([prompt], device=module.device),
+            config.log.sample_tokens,
+            bos_id=tokenizer.bos_id,
+            temperature=config.log.sample_temperature,
+            generator=generator,
+        )
+        text = tokenizer.decode(prompt[1:] + [int(token) for token in stream])
+        write_atomic(folder.path / "sample.txt", text)
+        logger.experiment.add_text("sample", f"```\n{text}\n```", config.trainer.max_steps)
+        console.print(Rule("a sample"), text, Rule(), markup=False, highlight=False)
+    baseline = data.describe()["val_unigram_bits_per_byte"]
+    ours = results["val/bits_per_byte"]
+    console.print(
+        f"validation: {ours:.3f} bits per byte (loss {results['val/loss']:.3f} nats, perplexity {results['val/perplexity']:.2f}), "
+        f"{1 - ours / baseline:.0%} below the unigram model's {baseline:.3f}",
+        highlight=False,
+    )
+    console.print(f"run folder: {folder.path}", highlight=False)
+    console.print(f"curves:     tensorboard --logdir {folder.path.parent}", highlight=False)
+
+
+def main() -> int:
+    """Entry point of ``python -m gecko_lab.train``."""
+    from . import build, cli
+
+    arguments = sys.argv[1:]
+    if any(a in ("-h", "--help") for a in arguments):
+        config = build.build_config(*(a for a in arguments if not a.startswith("-")))
+        cli.print_help("gecko_lab.train", TEXT, config, {g: build.options(g) for g in build.groups()})
+        return 0
+    return cli.guarded(lambda: _main(arguments))
+
+
+def _main(arguments: list[str]) -> int:
+    import hydra
+
+    from . import build, cli
+    from .model import LanguageModel
+    from .run import RunFolder
+
+    overrides = [a for a in arguments if not a.startswith("-")]
+    if not any(a in ("-m", "--multirun") for a in arguments):
+        node = build.compose(overrides, with_hydra=True)
+        config = build.to_config(node)
+        try:
+            with torch.device("meta"):
+                LanguageModel(config.model)
+        except ValueError as error:
+            raise LabError(str(error)) from error
+        if not any(a.startswith("--") for a in arguments) and _is_first_process():
+            RunFolder(node.hydra.run.dir).check_free(config.resume)
+
+    code = 0
+
+    @hydra.main(version_base="1.3", config_path="pkg://gecko_lab.conf", config_name="train")
+    def task(node: DictConfig) -> float | None:
+        nonlocal code
+        from hydra.core.hydra_config import HydraConfig
+
+        try:
+            config = build.to_config(node)
+            return train(config, HydraConfig.get().runtime.output_dir, OmegaConf.to_yaml(node, resolve=True))["val/loss"]
+        except LabError as error:
+            cli.complain(error)
+            code = cli.USER_ERROR
+            return None
+
+    task()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
