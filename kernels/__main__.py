@@ -98,9 +98,8 @@ def check_kernels(console: Console, names: Sequence[str]) -> int:
                 verdict = "yes" if outcome.ok else "[red]NO[/red]"
                 table.add_row(outcome.op, outcome.case, str(dtype).removeprefix("torch."), *errors, verdict)
     console.print(table)
-    for outcome in outcomes:
-        if outcome.failure:
-            console.print(f"{outcome.op}, {outcome.case}: {outcome.failure}", style="red", markup=False)
+    for failure in dict.fromkeys(f"{outcome.op}: {outcome.failure}" for outcome in outcomes if outcome.failure):
+        console.print(failure, style="red", markup=False)
     return OK if outcomes and all(outcome.ok for outcome in outcomes) else FAILED
 
 

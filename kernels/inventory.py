@@ -1,8 +1,8 @@
 """Every kernel module of the package, and small examples of every operation for the self check.
 
 A folder `kernels/OP/` declares what it compiles in `cuda.py`, as `KERNELS` (a sequence of Module) or `modules()`
-(returning one). It may add `examples()`, yielding (label, args, kwargs); the label starts with the operation's name,
-a colon and the case. All tensors are float32 on the CPU. See docs/kernels.md.
+(returning one). It may add `SPILL_BUDGET`, in bytes, and `examples()`, yielding (label, args, kwargs) of float32 CPU
+tensors; the label is the operation's name, a colon and the case. See docs/kernels.md.
 """
 
 import importlib
@@ -19,16 +19,15 @@ from torch import Tensor
 from . import ops
 from .runtime import Module
 
-# The most bytes that a kernel of ours may spill to local memory, on any architecture.
-SPILL_BUDGET = 0
 ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 
 
 class Entry(NamedTuple):
-    """A module and the folder that declares it."""
+    """A module, the folder that declares it, and the most bytes that a kernel of it may spill on any architecture."""
 
     folder: str
     module: Module
+    spill_budget: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,8 @@ def entries() -> list[Entry]:
             modules = declared.KERNELS
         else:
             raise ValueError(f"kernels/{folder}/cuda.py declares no kernels: it needs KERNELS or modules()")
-        found += [Entry(folder, module) for module in modules]
+        budget = getattr(declared, "SPILL_BUDGET", 0)
+        found += [Entry(folder, module, budget) for module in modules]
     return found
 
 
@@ -119,11 +119,11 @@ def _examples() -> Iterator[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
     yield "layer_norm", "grouped", (x, *weights), {"eps": 1e-5, "groups": 4}
 
     other, third = normal(batch, length, width), normal(batch, length, width)
-    yield "silu", "", (x,), {}
-    yield "swiglu", "", (x, other), {}
+    yield "silu", "plain", (x,), {}
+    yield "swiglu", "plain", (x, other), {}
     yield "gate", "near and far", (x, other, third), {}
     scales, shifts = normal(4, width, scale=0.1), normal(4, width, scale=0.1)
     turns = torch.arange(length)[:, None] * torch.rand(features // 2, generator=random)
-    rotation = turns.cos(), turns.sin()
-    yield "z_views", "rotated", (x, scales, shifts, *rotation), {"heads": 4, "rope_heads": 4}
+    rotation = {"cos": turns.cos(), "sin": turns.sin()}
+    yield "z_views", "rotated", (x, scales, shifts), {**rotation, "heads": 4, "rope_heads": 4}
     yield "z_views", "plain", (x, scales, shifts), {"heads": 4}

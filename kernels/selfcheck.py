@@ -35,12 +35,15 @@ class Outcome:
 def compare(example: Example, dtype: torch.dtype, call: Callable[..., Any], device: torch.device) -> Outcome:
     """Compare `call` on a device with the same operation on the CPU in float64.
 
-    Positional tensors of three or more dimensions take `dtype`; weights, and the states among the keywords, stay
-    float32.
+    Positional tensors of three or more dimensions take `dtype`; all others, such as weights and states, stay
+    float32. Gradients are compared for the positional tensors and for `state`.
     """
     try:
         args = [_prepare(leaf, dtype, device) for leaf in example.args]
-        kwargs = tree_map(lambda leaf: _prepare(leaf, torch.float32, device), example.kwargs)
+        kwargs = {
+            name: tree_map(lambda leaf, grad=name == "state": _prepare(leaf, torch.float32, device, grad), value)
+            for name, value in example.kwargs.items()
+        }
         inputs = args, kwargs
         exact = tree_map(_exact, inputs)
         outputs, gradients = _run(call, inputs)
@@ -52,19 +55,19 @@ def compare(example: Example, dtype: torch.dtype, call: Callable[..., Any], devi
     return Outcome(example.op, example.label, dtype, forward, backward)
 
 
-def _prepare(leaf: Any, dtype: torch.dtype, device: torch.device) -> Any:
+def _prepare(leaf: Any, dtype: torch.dtype, device: torch.device, gradient: bool = True) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     narrow = leaf.dtype is torch.float32 and leaf.dim() >= 3
     moved = leaf.detach().to(device, dtype if narrow else leaf.dtype)
-    return moved.requires_grad_(_differentiable(moved))
+    return moved.requires_grad_(gradient and _differentiable(moved))
 
 
 def _exact(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor) or not _differentiable(leaf):
         return leaf.cpu() if isinstance(leaf, Tensor) else leaf
     wide = torch.complex128 if leaf.is_complex() else torch.float64
-    return leaf.detach().to("cpu", wide).requires_grad_()
+    return leaf.detach().to("cpu", wide).requires_grad_(leaf.requires_grad)
 
 
 def _differentiable(tensor: Tensor) -> bool:
