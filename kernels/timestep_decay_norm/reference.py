@@ -12,8 +12,8 @@ from ..types import NormState
 BLOCK = 64  # steps per triangular product
 
 
-def decayed_sums(value: Tensor, start: Tensor, beta: float, segments: Tensor | None) -> Tensor:
-    """s_t = beta s_{t-1} + (1 - beta) value_t, restarted where segments change.
+def running_sums(value: Tensor, start: Tensor, beta: float, segments: Tensor | None) -> Tensor:
+    """s_t = beta s_{t-1} + value_t, restarted where segments change.
 
     value (B, L, G), start (B, G) the sum before the first step (it belongs to segment 0), segments (B, L) -> (B, L, G).
     """
@@ -24,8 +24,8 @@ def decayed_sums(value: Tensor, start: Tensor, beta: float, segments: Tensor | N
         size = block.shape[1]
         steps = torch.arange(size, device=value.device)
         lag = steps[:, None] - steps
-        # powers in float64: float32 would round beta itself, and 1 - beta with it
-        weights = torch.where(lag >= 0, (1 - beta) * torch.pow(beta, lag.clamp(min=0).double()), 0.0).to(value.dtype)
+        # powers in float64: float32 would round beta itself
+        weights = torch.where(lag >= 0, torch.pow(beta, lag.clamp(min=0).double()), 0.0).to(value.dtype)
         fade = torch.pow(beta, steps.double() + 1).to(value.dtype)[:, None]
         if segments is not None:
             ids = segments[:, begin : begin + BLOCK]
@@ -70,8 +70,8 @@ def timestep_decay_norm(
         state = NormState(torch.zeros(batch, dtype=torch.int64, device=x.device), zero, zero)
     segments = None if bos is None else bos.to(torch.int64).cumsum(1)
     count = steps_since_bos(length, state.count, bos)
-    mean = decayed_sums(mu, state.mean.to(acc), beta1, segments)
-    var = decayed_sums(s2, state.var.to(acc), beta2, segments)
+    mean = running_sums((1 - beta1) * mu, state.mean.to(acc), beta1, segments)
+    var = running_sums((1 - beta2) * s2, state.var.to(acc), beta2, segments)
     unbias1, unbias2 = (-torch.expm1(count.double() * math.log(beta))[..., None] for beta in (beta1, beta2))
     centre = mean / unbias1.to(acc)
     scale = torch.rsqrt(var / unbias2.to(acc) + eps)
