@@ -1,0 +1,176 @@
+"""Forward and backward of sliding-chunk attention as two opaque operators: cuBLAS products and the row kernels.
+
+`q` (B, L, H, S) are the last L rows of the timeline of k (B, T, H, S) and v (B, T, H, E), whose first key lies on a
+chunk boundary. Logits and their gradients are float32 and live for one strip; weights are in the dtype of the inputs
+and live for one group. A group is some heads and rows, so that scratch stays below BUDGET bytes; only the
+log-sum-exp (B, H, L) outlives the forward.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..products import product
+from . import rows
+from .plan import Band, Rectangle, key_strips, row_strips, strip_length, window
+
+BUDGET = 420_000_000
+
+_library = torch.library.Library("gecko_lab", "FRAGMENT")
+_library.define(
+    "sliding_chunk_attention(Tensor q, Tensor k, Tensor v, Tensor? starts, Tensor? seed, int chunk, float dropout) "
+    "-> (Tensor, Tensor)"
+)
+_library.define(
+    "sliding_chunk_attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor? starts, "
+    "Tensor? seed, int chunk, float dropout) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Batch rows [b, b + batch), heads [h, h + heads) and timeline rows [first, end)."""
+
+    b: int
+    batch: int
+    h: int
+    heads: int
+    band: Band
+
+    def of(self, x: Tensor) -> Tensor:
+        return x[self.b : self.b + self.batch, :, self.h : self.h + self.heads]
+
+
+def groups(q: Tensor, k: Tensor, chunk: int, bands: int) -> Iterator[Group]:
+    """Cut the work so that `bands` matrices of weights and as many strips of float32 scores fit into BUDGET."""
+    batch, length, heads, _ = q.shape
+    total = k.shape[1]
+    row = 2 * chunk * bands * (q.element_size() + 4 * strip_length(chunk) / chunk)
+    items = max(int(BUDGET / (row * chunk)), 1)
+    first, chunks = total - length, -(-total // chunk) - (total - length) // chunk
+    per_head = min(items, chunks)
+    group_heads = min(max(items // chunks, 1), heads)
+    group_batch = min(max(items // (chunks * heads), 1), batch)
+    cuts = [first, *range((first // chunk + per_head) * chunk, total, per_head * chunk), total]
+    for b in range(0, batch, group_batch):
+        for h in range(0, heads, group_heads):
+            for low, high in pairwise(cuts):
+                yield Group(b, min(group_batch, batch - b), h, min(group_heads, heads - h), Band(low, high, chunk))
+
+
+class _Scratch:
+    """Float32 strips, allocated once a group."""
+
+    def __init__(self, group: Group, strips: list[Rectangle], like: Tensor) -> None:
+        self.group = group
+        most = max(r.count * r.rows * (-(-r.keys // 4) * 4) for r in strips)
+        self.buffer = torch.empty(group.batch * group.heads * most, dtype=torch.float32, device=like.device)
+
+    def view(self, r: Rectangle) -> Tensor:
+        """(gB, gH, count, rows, keys) in rows of a multiple of 4, uninitialised."""
+        shape = (self.group.batch, self.group.heads, r.count, r.rows, -(-r.keys // 4) * 4)
+        return self.buffer[: torch.Size(shape).numel()].view(shape)
+
+
+def _band(group: Group, like: Tensor) -> Tensor:
+    return torch.empty((group.batch, group.heads, group.band.numel), dtype=like.dtype, device=like.device)
+
+
+def _into(scratch: Tensor, r: Rectangle, a: Tensor, b: Tensor) -> None:
+    product(scratch[..., : r.keys], a, b.transpose(-1, -2))
+
+
+def _windows(offset: int, chunk: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The rows of a rectangle in tensors of the L queries, and its keys in tensors of the T keys."""
+    return (
+        lambda x, r: window(x, r.row - offset, r.rows, r.count, chunk),
+        lambda x, r: window(x, r.key, r.keys, r.count, chunk),
+    )
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, seed: Tensor | None, chunk: int, dropout: float
+) -> tuple[Tensor, Tensor]:
+    (batch, length, heads, _), total = q.shape, k.shape[1]
+    y = torch.empty((batch, length, heads, v.shape[3]), dtype=v.dtype, device=v.device)
+    lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
+    at = rows.Rows(starts, seed, dropout, chunk, length, total, heads)
+    queries, keys = _windows(total - length, chunk)
+    for group in groups(q, k, chunk, 1):
+        strips = row_strips(group.band.first, group.band.end, chunk)
+        weights, scratch = _band(group, q), _Scratch(group, strips, q)
+        gq, gk, gv, gy = (group.of(x) for x in (q, k, v, y))
+        for r in strips:
+            scores = scratch.view(r)
+            _into(scores, r, queries(gq, r), keys(gk, r))
+            rows.softmax_rows(scores, weights, lse, at, r, group.band, group.b, group.h)
+            product(queries(gy, r), group.band.view(weights, r), keys(gv, r))
+    return y, lse
+
+
+def _backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    starts: Tensor | None,
+    seed: Tensor | None,
+    chunk: int,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (_, length, heads, _), total = q.shape, k.shape[1]
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    at = rows.Rows(starts, seed, dropout, chunk, length, total, heads)
+    queries, keys = _windows(total - length, chunk)
+    for group in groups(q, k, chunk, 2):
+        band = group.band
+        strips = row_strips(band.first, band.end, chunk)
+        weights, dscores = _band(group, q), _band(group, q)
+        left, right = _Scratch(group, strips, q), _Scratch(group, strips, q)
+        gdy, gq, gk, gv, gdq, gdk, gdv = (group.of(x) for x in (dy, q, k, v, dq, dk, dv))
+        for r in strips:
+            scores, dweights = left.view(r), right.view(r)
+            _into(scores, r, queries(gq, r), keys(gk, r))
+            _into(dweights, r, queries(gdy, r), keys(gv, r))
+            rows.softmax_rows_backward(scores, dweights, weights, dscores, lse, at, r, band, group.b, group.h)
+            product(queries(gdq, r), band.view(dscores, r), keys(gk, r))
+        started = (
+            band.first if band.first > total - length else 0
+        )  # earlier groups have written the keys before this one
+        for r in key_strips(band.first, band.end, chunk):
+            add = r.key < started
+            product(keys(gdv, r), band.view(weights, r).transpose(-1, -2), queries(gdy, r), add=add)
+            product(keys(gdk, r), band.view(dscores, r).transpose(-1, -2), queries(gq, r), add=add)
+    return dq, dk, dv
+
+
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, seed: Tensor | None, chunk: int, dropout: float
+) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = q.shape
+    return v.new_empty((batch, length, heads, v.shape[3])), q.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+def _fake_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    starts: Tensor | None,
+    seed: Tensor | None,
+    chunk: int,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("sliding_chunk_attention", _forward, _device)
+    _library.impl("sliding_chunk_attention_backward", _backward, _device)
+torch.library.register_fake("gecko_lab::sliding_chunk_attention", _fake_forward, lib=_library)
+torch.library.register_fake("gecko_lab::sliding_chunk_attention_backward", _fake_backward, lib=_library)
