@@ -22,7 +22,7 @@ OK, FAILED, NO_GPU = 0, 1, 2
 def list_kernels(console: Console) -> int:
     """Print every module with its kernels, without compiling anything."""
     table = Table("operation", "module", "kernels", "only on", title="CUDA kernels")
-    for folder, module in inventory.entries():
+    for folder, module, _ in inventory.entries():
         instances = Counter(kernel.partition("<")[0] for kernel in module.kernels)
         names = [name if count == 1 else f"{name} ({count})" for name, count in instances.items()]
         table.add_row(folder, module.label, ", ".join(names), ", ".join(module.archs or ()))
