@@ -99,10 +99,11 @@ def summary(store: Store, note: str) -> None:
         ("text", f"{m['bytes']:,} bytes, {m['val_bytes']:,} of them for validation"),
         ("fingerprint", store.fingerprint[:16]),
         ("done", note),
-        ("train with", train),
     ):
         table.add_row(name, value)
-    Console(soft_wrap=True).print(table)
+    console = Console(soft_wrap=True)
+    console.print(table)
+    console.print(f"Train with: {train}", highlight=False)
 
 
 if __name__ == "__main__":

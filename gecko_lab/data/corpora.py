@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import sysconfig
 from pathlib import Path
 from typing import NamedTuple
@@ -34,9 +35,12 @@ def held_out(name: str, fraction: float) -> bool:
 def stdlib(tokenizer: Tokenizer, val_fraction: float | None = None) -> Split:
     """The running Python's own library without its tests, one file a document, split by the path's hash."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(f for f in root.rglob("*.py") if not NOT_LIBRARY & set(f.relative_to(root).parts))
+    files = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in NOT_LIBRARY]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     texts = []
-    for file in files:
+    for file in sorted(files):
         text = file.read_bytes()
         try:
             text.decode("utf-8")

@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,8 +60,8 @@ def find_files(spec: str) -> list[SourceFile]:
         found = sorted(Path(f) for f in glob.glob(spec, recursive=True) if Path(f).is_file())
         if not found:
             raise DataError(f"{spec}: no file matches")
-        base = Path(spec[: next(i for i, c in enumerate(spec) if c in "*?[")]).parent / "x"
-        return [SourceFile(f, f.relative_to(base.parent).as_posix() if _under(f, base) else f.name) for f in found]
+        base = os.path.dirname(spec[: next(i for i, c in enumerate(spec) if c in "*?[")])
+        return [SourceFile(f, Path(os.path.relpath(f, base or ".")).as_posix()) for f in found]
     raise DataError(f"{spec}: no such file or folder")
 
 
@@ -168,7 +169,3 @@ class _Zst(io.RawIOBase):
 
 def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-
-
-def _under(path: Path, base: Path) -> bool:
-    return path.is_relative_to(base.parent)
