@@ -111,7 +111,7 @@ def test_four_processes_race(folder: Path, kernel_cache: Path) -> None:
     processes = [spawn.Process(target=_compile_in_a_race, args=(folder, barrier, answers)) for _ in range(4)]
     for process in processes:
         process.start()
-    cubins = {answers.get(timeout=120) for _ in processes}
+    cubins = {answers.get(timeout=300) for _ in processes}
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
@@ -180,3 +180,25 @@ def test_import_touches_neither_cuda_nor_the_disk() -> None:
         "sys.exit(any(name.startswith('cuda.bindings') for name in set(sys.modules) - before))"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_a_failure_to_find_the_builtins_is_mended_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_once, attempts, preloads = nvrtc._compile_once, [], []
+
+    def first_fails(*arguments: Any) -> tuple[int, nvrtc.Program]:
+        attempts.append(arguments)
+        if len(attempts) == 1:
+            return nvrtc.BUILTIN_OPERATION_FAILURE, nvrtc.Program(b"", {}, "failed to open libnvrtc-builtins")
+        return compile_once(*arguments)
+
+    preload = nvrtc._preload_builtins
+    monkeypatch.setattr(nvrtc, "_compile_once", first_fails)
+    monkeypatch.setattr(nvrtc, "_preload_builtins", lambda: preloads.append(preload()))
+    assert tiny(folder).compile("sm_80").cubin
+    assert (len(attempts), len(preloads)) == (2, 1)
+    assert "libnvrtc-builtins" in Path("/proc/self/maps").read_text()
+
+
+def test_an_architecture_that_nvrtc_does_not_know(folder: Path) -> None:
+    with pytest.raises(CompileError, match=r"does not compile for sm_10a"):
+        tiny(folder).compile("sm_10a")
