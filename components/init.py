@@ -16,8 +16,8 @@ MODES = ("he", "bert", "xavier", "gaussian", "none")
 def init_matrix(weight: Tensor, mode: str, dim: int | None = None) -> None:
     """Fill weight (out, in) in place.
 
-    he: normal, std 1 / sqrt(3 in); bert: normal, std 0.02; xavier: uniform; gaussian: normal of std 1 / sqrt(dim) cut at
-    three std (dim None: std 1); none: leave what torch put there. Raises ValueError for another mode.
+    he: normal, std 1 / sqrt(3 in); bert: normal, std 0.02; xavier: uniform; gaussian: normal of std 1 / sqrt(dim)
+    cut at three std (dim None: std 1); none: leave what torch put there. Raises ValueError for another mode.
     """
     if mode == "he":
         weight.normal_(0.0, 1.0 / math.sqrt(3 * weight.shape[1]))

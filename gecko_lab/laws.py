@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,7 +100,7 @@ class Subject:
         """The same sequence cut before each index of ``cuts``, the state carried over."""
         edges = [0, *sorted(set(cuts)), inputs[0].shape[1]]
         outputs, state = [], None
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             y, state = self.run([x[:, start:stop] for x in inputs], piece(documents, start, stop), state)
             outputs.append(y)
         return torch.cat(outputs, 1), state
@@ -110,8 +111,8 @@ class Subject:
             raise LawBroken(f"{self.kind} {self.name!r}, {law}: shape {tuple(got.shape)}, not {tuple(expected.shape)}")
         if not got.numel():
             return
-        difference = float((got.double() - expected.double()).abs().max())
-        if not difference <= tolerance * max(1.0, float(expected.abs().max())):  # "not <=" also catches NaN
+        difference = float((got.detach().double() - expected.detach().double()).abs().max())
+        if not difference <= tolerance * max(1.0, float(expected.detach().abs().max())):  # "not <=" also catches NaN
             raise LawBroken(f"{self.kind} {self.name!r}, {law}: differs by {difference:.1e}, allowed {tolerance:.0e}")
 
 

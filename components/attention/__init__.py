@@ -1,6 +1,15 @@
 """Attention: sliding_chunk (Gecko), chunk (Megalodon), sliding_window, full."""
 
-from . import chunk, full, sliding_chunk, sliding_window
 from .base import Attention
+from .chunk import ChunkAttention
+from .full import FullAttention
+from .sliding_chunk import SlidingChunkAttention
+from .sliding_window import SlidingWindowAttention
 
-__all__ = ["Attention", "chunk", "full", "sliding_chunk", "sliding_window"]
+__all__ = [
+    "Attention",
+    "ChunkAttention",
+    "FullAttention",
+    "SlidingChunkAttention",
+    "SlidingWindowAttention",
+]

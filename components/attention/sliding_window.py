@@ -31,7 +31,7 @@ class SlidingWindowAttention(Attention):
             raise ValueError(f"model.attention.window={self.window}: must be at least 1")
 
     def covered_chunks(self, chunk: int) -> int:
-        return max(1, self.window // chunk)
+        return self.window // chunk  # 0: not even its own chunk whole
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, state: KeyValues | None,
                ) -> tuple[Tensor, KeyValues]:

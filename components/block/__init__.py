@@ -1,6 +1,13 @@
 """Blocks, the layers of a model: gecko (Megalodon too), mega, llama."""
 
-from . import gecko, llama, mega
 from .base import BlockState
+from .gecko import GeckoBlock
+from .llama import LlamaBlock
+from .mega import MegaBlock
 
-__all__ = ["BlockState", "gecko", "llama", "mega"]
+__all__ = [
+    "BlockState",
+    "GeckoBlock",
+    "LlamaBlock",
+    "MegaBlock",
+]

@@ -32,7 +32,7 @@ class GeckoBlock(nn.Module):
     @dataclass
     class Config:
         name: str = option("gecko", "one shared z, gated attention plus memory (Gecko, Megalodon)")
-        two_hop_residual: bool = option(False, "the feed-forward adds to the block's input, not to its middle (Megalodon)")
+        two_hop_residual: bool = option(False, "the feed-forward adds to the block's input, not its middle (Megalodon)")
 
     def __init__(self, config: Config, shape: Shape, parts: Parts) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
-"""The pre-norm transformer block of Llama: y = x + Wo attention(Wq n, Wk n, Wv n), n = norm(x); out = y + feedforward(y).
+"""The pre-norm transformer block of Llama: the baseline that the others are compared with; any attention fits.
 
-The baseline that the others are compared with; any attention fits.
+    n = norm(x);  y = x + Wo attention(Wq n, Wk n, Wv n)
+    out = y + feedforward(y)
 """
 
 from __future__ import annotations

@@ -1,5 +1,11 @@
 """Moving averages: complex (Gecko, Megalodon), real (the ablation, and Mega's own), none."""
 
-from . import complex, none, real
+from .complex import ComplexEMA
+from .none import NoEMA
+from .real import RealEMA
 
-__all__ = ["complex", "none", "real"]
+__all__ = [
+    "ComplexEMA",
+    "NoEMA",
+    "RealEMA",
+]

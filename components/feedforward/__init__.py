@@ -1,5 +1,9 @@
 """Feed-forward layers: swiglu, mlp. Their norm is inside, the residual is the block's."""
 
-from . import mlp, swiglu
+from .mlp import MLP
+from .swiglu import SwiGLU
 
-__all__ = ["mlp", "swiglu"]
+__all__ = [
+    "MLP",
+    "SwiGLU",
+]

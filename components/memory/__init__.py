@@ -1,5 +1,9 @@
 """Memory of what lies beyond the attention: adaptive_working (Gecko), none."""
 
-from . import adaptive_working, none
+from .adaptive_working import AdaptiveWorkingMemory
+from .none import NoMemory
 
-__all__ = ["adaptive_working", "none"]
+__all__ = [
+    "AdaptiveWorkingMemory",
+    "NoMemory",
+]

@@ -32,16 +32,17 @@ class AdaptiveWorkingMemory(nn.Module):
         """covered: chunks that the attention beside it sees, the query's own included; None: all."""
         super().__init__()
         if config.lag is not None and config.lag < 1:
-            raise ValueError(f"model.memory.lag={config.lag}: must be at least 1 (a chunk is folded when it is complete)")
+            raise ValueError(f"model.memory.lag={config.lag}: must be at least 1 (only complete chunks are folded)")
         self.chunk = shape.chunk_size
-        self.lag = config.lag or covered or 2
+        following = 2 if covered is None else max(covered, 1)
+        self.lag = following if config.lag is None else config.lag
         if covered is not None and self.lag > covered:
             message = (
-                f"model.memory.lag={self.lag}: chunks {covered} to {self.lag - 1} before the query's are seen neither by "
-                f"the attention, which covers {covered} with the query's own, nor by the table"
+                f"model.memory.lag={self.lag}: the attention beside it covers {covered} whole chunk(s), the query's own "
+                "included, so part of the past would be seen neither by it nor by the table"
             )
             if not config.allow_gap:
-                raise ValueError(f"{message}; use a lag of at most {covered}, or model.memory.allow_gap=true")
+                raise ValueError(f"{message}; widen the attention, lower the lag or set model.memory.allow_gap=true")
             warnings.warn(message, stacklevel=2)
 
     def forward(self, aq: Tensor, ak: Tensor, v: Tensor, documents: Documents | None = None, state: Any = None,
