@@ -38,8 +38,8 @@ class AdaptiveWorkingMemory(nn.Module):
         self.lag = following if config.lag is None else config.lag
         if covered is not None and self.lag > covered:
             message = (
-                f"model.memory.lag={self.lag}: the attention beside it covers {covered} whole chunk(s), the query's own "
-                "included, so part of the past would be seen neither by it nor by the table"
+                f"model.memory.lag={self.lag}: the attention beside it covers {covered} whole chunk(s), the own "
+                "one included, so part of the past would be seen neither by it nor by the table"
             )
             if not config.allow_gap:
                 raise ValueError(f"{message}; widen the attention, lower the lag or set model.memory.allow_gap=true")
