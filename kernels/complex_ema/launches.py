@@ -23,7 +23,19 @@ _NAMES = [
     )
 ]
 SCAN = {lanes: Module(__file__, "scan.cu", defines={"MODES": lanes}, kernels=_NAMES) for lanes in LANES}
-MODULES = tuple(SCAN.values())
+FILTER = Module(__file__, "filter.cu", kernels=("filter<false>", "filter<true>"))
+MODULES = (*SCAN.values(), FILTER)
+
+# As in tiles.cuh.
+_CHANNELS, _TILE_THREADS, _TILE_MODES = 16, 512, 16
+_TILED_LENGTH = 128  # below, a tile of 512 steps is mostly padding
+_FILTER_SHARED = 4 * _CHANNELS * 256 + 16 * _CHANNELS * 6 * 32 + 8 * _CHANNELS * 5 * _TILE_MODES + 64
+_FILTER = {
+    reverse: FILTER.kernel(
+        f"filter<{'true' if reverse else 'false'}>", args="PPPPPPPPiii", block=_TILE_THREADS, smem=_FILTER_SHARED
+    )
+    for reverse in (False, True)
+}
 
 
 @cache
@@ -31,18 +43,27 @@ def _scan_kernel(name: str, args: str, lanes: int) -> Kernel:
     return SCAN[lanes].kernel(name, args=args, block=_THREADS)
 
 
-def _scan(name: str, args: str, x: Tensor, *values: int | None) -> None:
+def _scan(name: str, args: str, x: Tensor, *values: int) -> None:
     """Launch a kernel of scan.cu over the channels and rows of x (B, L, D)."""
     batch, _, width = x.shape
-    modes = values[-1]
-    assert modes is not None
-    lanes = next(lanes for lanes in LANES if lanes >= modes)
+    lanes = next(lanes for lanes in LANES if lanes >= values[-1])
     grid = (-(-width // (_THREADS // lanes)), batch)
-    _scan_kernel(name, args, lanes).launch(x.device.index, grid, *(value or 0 for value in values))
+    _scan_kernel(name, args, lanes).launch(x.device.index, grid, *values)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _tiled(x: Tensor, modes: int) -> bool:
+    """Whether the tensor-core kernels take x (B, L, D): they read eight channels at once."""
+    return (
+        x.dtype is torch.bfloat16
+        and modes <= _TILE_MODES
+        and x.shape[1] >= _TILED_LENGTH
+        and x.shape[2] % 8 == 0
+        and x.data_ptr() % 16 == 0
+    )
 
 
 def filter_steps(
@@ -53,10 +74,7 @@ def filter_steps(
     modes = p.shape[1]
     y = torch.empty_like(x)
     last = torch.empty((batch, width, modes), dtype=torch.complex64, device=x.device)
-    _scan(
-        f"scan_filter<{_TYPES[x.dtype]}, {'true' if reverse else 'false'}>",
-        "PPPPPPPPiii",
-        x,
+    values = (
         x.data_ptr(),
         _pointer(bos),
         p.data_ptr(),
@@ -69,6 +87,10 @@ def filter_steps(
         width,
         modes,
     )
+    if _tiled(x, modes):
+        _FILTER[reverse].launch(x.device.index, (-(-width // _CHANNELS), batch), *values)
+    else:
+        _scan(f"scan_filter<{_TYPES[x.dtype]}, {'true' if reverse else 'false'}>", "PPPPPPPPiii", x, *values)
     return y, last
 
 

@@ -1,11 +1,10 @@
 // The moving average one step after the other, all in float32: lane n of a group of LANES holds mode n of a channel,
 // and LANES steps make a round. For every dtype, length and width; the tensor-core form covers the common case faster.
 // x, y (B, L, D); bos (B, L); p, q, gamma (D, N); states (B, D, N).
-#include "ptx.cuh"
+#include "modes.cuh"
 
 constexpr int LANES = MODES;  // 4, 16 or 32, at least the number of modes
 constexpr int THREADS = 128;
-constexpr uint32_t ALL = 0xffffffffu;
 
 // One lane's place: a mode of a channel of a batch row. Lanes without one compute with zeros and store nothing.
 struct Place {
@@ -23,13 +22,6 @@ struct Place {
     DEVICE int64_t parameter(int modes) const { return int64_t(channel) * modes + lane; }
     DEVICE int64_t state(int width, int modes) const { return (int64_t(row) * width + channel) * modes + lane; }
 };
-
-DEVICE float2 times(float2 a, float2 b) { return make_float2(a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x); }
-
-// a b + c
-DEVICE float2 times_plus(float2 a, float2 b, float2 c) {
-    return make_float2(fmaf(a.x, b.x, fmaf(-a.y, b.y, c.x)), fmaf(a.x, b.y, fmaf(a.y, b.x, c.y)));
-}
 
 // Lane s gets the sum over the group of the values at index s, as values[0].
 template <int HALF> DEVICE void sum_to_own_index(float (&values)[LANES], int lane) {

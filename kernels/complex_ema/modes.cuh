@@ -1,0 +1,23 @@
+// Complex arithmetic of the modes.
+#pragma once
+#include "ptx.cuh"
+
+constexpr uint32_t ALL = 0xffffffffu;
+
+DEVICE float2 times(float2 a, float2 b) { return make_float2(a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x); }
+
+// a b + c
+DEVICE float2 times_plus(float2 a, float2 b, float2 c) {
+    return make_float2(fmaf(a.x, b.x, fmaf(-a.y, b.y, c.x)), fmaf(a.x, b.y, fmaf(a.y, b.x, c.y)));
+}
+
+// q^exponent, 0 <= exponent < 32
+DEVICE float2 power(float2 q, int exponent) {
+    float2 result = make_float2(1.f, 0.f);
+#pragma unroll
+    for (int bit = 1; bit < 32; bit *= 2) {
+        if (exponent & bit) result = times(result, q);
+        q = times(q, q);
+    }
+    return result;
+}
