@@ -1,0 +1,1 @@
+"""`python -m gecko_lab.bench`: operations, blocks and models timed beside their peers and their floors."""
