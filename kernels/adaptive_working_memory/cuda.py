@@ -103,10 +103,10 @@ def _chunk_sums(ak: Tensor, v: Tensor, segments: Tensor | None, state: MemorySta
     sizes = [size for size in (head, whole * chunk, length - head - whole * chunk) if size]
     starts = None if segments is None else document_starts(segments)
     parts: list[Sums] = []
-    held = None
+    held: Any = None
     if state is not None:
         held = (*(x.transpose(1, 2).float() for x in (state.lam, state.mix, state.target)), state.ends)
-        parts.append((*(x[:, :, :-1] for x in held[:3]), held[3][:, :-1]))  # type: ignore[arg-type]
+        parts.append((*(x[:, :, :-1] for x in held[:3]), held[3][:, :-1]))
     at = 0
     for keys, values in zip(ak.split(sizes, 1), v.split(sizes, 1)):
         size = keys.shape[1]
@@ -188,7 +188,7 @@ class _Table(torch.autograd.Function):
         ctx.layout, ctx.entering = layout, table is not None
         ctx.mark_non_differentiable(*out[3:])
         ctx.set_materialize_grads(False)
-        return out  # type: ignore[no-any-return]
+        return out
 
     @staticmethod
     @once_differentiable

@@ -171,7 +171,7 @@ def shares_backward(drho: Tensor, dlast: Tensor | None, rho: Tensor, keep: Tenso
     """dlam (B, H, F, S) and dlogz (B, H, S)."""
     batch, heads, folds, features = rho.shape
     if not rho.is_cuda:
-        g = torch.zeros_like(rho[:, :, 0]) if dlast is None else dlast
+        g = rho.new_zeros((batch, heads, features)) if dlast is None else dlast
         parts = []
         for f in reversed(range(folds)):
             r, d = rho[:, :, f], drho[:, :, f] * rho[:, :, f]

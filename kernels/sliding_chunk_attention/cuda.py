@@ -101,7 +101,7 @@ class _Attention(torch.autograd.Function):
         y, lse = torch.ops.gecko_lab.sliding_chunk_attention(q, k, v, starts, seed, chunk, dropout)
         ctx.save_for_backward(q, k, v, lse, starts, seed)
         ctx.chunk, ctx.dropout = chunk, dropout
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     @once_differentiable
