@@ -22,7 +22,8 @@ INTERRUPTED = 130
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
-    p = argparse.ArgumentParser(prog="python -m gecko_lab.prepare", description=__doc__, allow_abbrev=False)
+    text = "Turn text into a token store, to train on with data=store data.path=DIR."
+    p = argparse.ArgumentParser(prog="python -m gecko_lab.prepare", description=text, allow_abbrev=False)
     p.add_argument("sources", nargs="*", metavar="SOURCE", help="files, folders or globs: text or .jsonl, .xz .gz .zst")
     p.add_argument("--out", type=Path, help="folder of the store; an interrupted run in it is continued")
     p.add_argument("--tokenizer", default="bytes", help="bytes, hf:FILE.json, spm:FILE.model, tiktoken:NAME|FILE")
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         help="processes (default: one a core); the result is the same",
     )
-    p.add_argument("--shard-mb", type=int, default=32, help="text in a shard, in MiB (default: 32)")
+    p.add_argument("--shard-mb", type=int, default=16, help="text in a shard, in MiB (default: 16)")
     p.add_argument("--overwrite", action="store_true", help="replace a finished store in --out")
     p.add_argument(
         "--verify", type=Path, metavar="DIR", help="check every byte of a finished store, and do nothing else"

@@ -103,6 +103,7 @@ class Loader:
             sampler=range(step, self.total),
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # the global one would make a resumed run's dropout differ
         )
 
 

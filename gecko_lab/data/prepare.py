@@ -34,7 +34,7 @@ class Request:
     val_fraction: float = 0.05
     val_sources: list[str] | None = None
     workers: int = 1
-    shard_bytes: int = 32 << 20
+    shard_bytes: int = 16 << 20
     overwrite: bool = False
 
 

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -156,6 +157,7 @@ def test_loader_state_is_the_number_of_batches_taken(workers: int) -> None:
     tokenizer = load_tokenizer("bytes")
     tokenizer.byte_lengths = np.ones(BOS + 1, dtype=np.int64)
     batches = Batches(make("mixture", 2), tokenizer, 2)
+    random_state = torch.get_rng_state()
     loader = TrainLoader(batches, total=9, workers=workers)
     stream = iter(loader)
     taken = [next(stream)["tokens"].tolist() for _ in range(4)]
@@ -166,6 +168,7 @@ def test_loader_state_is_the_number_of_batches_taken(workers: int) -> None:
     rest = [b["tokens"].tolist() for b in resumed]
     assert rest == [batches[i]["tokens"].tolist() for i in range(4, 9)]
     assert len(resumed) == 9
+    assert torch.equal(torch.get_rng_state(), random_state)  # reading data must not change the dropout of a run
 
 
 def test_mixture_keeps_its_shares_and_reads_each_corpus_in_turn() -> None:
