@@ -61,7 +61,7 @@ def use(mode: str) -> Iterator[None]:
 using = use
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator]
+@torch._dynamo.assume_constant_result
 def _load(op: str) -> ModuleType | str:
     if op not in _modules:
         try:
@@ -72,7 +72,7 @@ def _load(op: str) -> ModuleType | str:
     return _modules[op]
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator]
+@torch._dynamo.assume_constant_result
 def _note(op: str, reason: str) -> None:
     """Say once that the reference serves a call on a GPU; under strict raise RuntimeError."""
     if _mode == "strict":
@@ -97,7 +97,7 @@ def dispatch(op: str, reference: Callable[..., T], x: Tensor, *args: object, **k
             asks = getattr(module, f"unsupported_{name}", None) or module.unsupported
             reason = asks(x, *args, **kwargs)
             if reason is None:
-                return getattr(module, name)(x, *args, **kwargs)  # type: ignore[no-any-return]
+                return getattr(module, name)(x, *args, **kwargs)
         _note(name, reason or "")
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):

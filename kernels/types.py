@@ -14,7 +14,7 @@ class NormState(NamedTuple):
     are the decayed sums before bias correction (spec 1.2).
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # a tuple has a method of this name
     mean: Tensor
     var: Tensor
 

@@ -18,15 +18,16 @@ def running_sums(value: Tensor, start: Tensor, beta: float, segments: Tensor | N
     value (B, L, G), start (B, G) the sum before the first step (it belongs to segment 0), segments (B, L) -> (B, L, G).
     """
     _, length, _ = value.shape
+    steps = torch.arange(min(BLOCK, length), device=value.device)
+    lag = steps[:, None] - steps
+    # powers in float64: float32 would round beta itself
+    triangle = torch.where(lag >= 0, torch.pow(beta, lag.clamp(min=0).double()), 0.0).to(value.dtype)
+    decay = torch.pow(beta, steps.double() + 1).to(value.dtype)[:, None]
     sums, before = [], start
     for begin in range(0, length, BLOCK):
         block = value[:, begin : begin + BLOCK]
         size = block.shape[1]
-        steps = torch.arange(size, device=value.device)
-        lag = steps[:, None] - steps
-        # powers in float64: float32 would round beta itself
-        weights = torch.where(lag >= 0, torch.pow(beta, lag.clamp(min=0).double()), 0.0).to(value.dtype)
-        fade = torch.pow(beta, steps.double() + 1).to(value.dtype)[:, None]
+        weights, fade = triangle[:size, :size], decay[:size]
         if segments is not None:
             ids = segments[:, begin : begin + BLOCK]
             weights = weights * (ids[:, :, None] == ids[:, None, :])
