@@ -12,6 +12,7 @@ from . import fused as fused  # registers the operators
 from . import rows
 
 KERNELS = rows.MODULES
+SMALL_HEAD = 8192  # table entries of a head up to which products are float32, as tensor cores would gain nothing
 _DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -54,6 +55,9 @@ def adaptive_working_memory(
         aq, ak, v = aq.to(dtype), ak.to(dtype), v.to(dtype)
     elif ak.dtype != aq.dtype or v.dtype != aq.dtype:
         ak, v = ak.to(aq.dtype), v.to(aq.dtype)
+    kept = v.dtype
+    if aq.shape[3] * v.shape[3] <= SMALL_HEAD:
+        aq, ak, v = aq.float(), ak.float(), v.float()
     batch, length, _, _ = aq.shape
     position = 0 if state is None else state.position
     offset, stop = position % chunk, position + length
@@ -89,7 +93,7 @@ def adaptive_working_memory(
         current = segments[:, -1].clone()
     rest = (lam[:, :, folds:], mix[:, :, folds:], target[:, :, folds:], ends[:, folds:])
     lam, mix, target, ends = _padded(rest, lag, stop % chunk == 0)
-    return y, MemoryState(table, logz, owners[:, -1], lam, mix, target, ends, current, stop)
+    return y.to(kept), MemoryState(table, logz, owners[:, -1], lam, mix, target, ends, current, stop)
 
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]  # lam, mix, target (B, H, N, ...) and ends (B, N)

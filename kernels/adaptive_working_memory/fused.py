@@ -162,8 +162,10 @@ def _table_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """daq, dlam, dmix, dtarget, dtable, dlogz."""
     length, folds = aq.shape[1], target.shape[2]
-    queries, stored = rows.softmax_features(aq, live), tables.to(aq.dtype)
-    dqueries, grad = _wide(aq.shape, aq), _wide(tables.shape, aq)
+    queries = rows.softmax_features(aq, live)
+    # the softmax's derivative subtracts means, which would enlarge the rounding of the tables to bfloat16
+    stored = rows.split(tables) if aq.dtype == torch.bfloat16 else tables
+    dqueries, grad = _wide((*aq.shape[:3], stored.shape[3]), aq), _wide(tables.shape, aq)
     dqueries[:, : skip * chunk] = 0.0
     read = 0 if skip == 0 else 1
     grad[:, :, :read] = 0.0

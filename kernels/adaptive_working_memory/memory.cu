@@ -56,12 +56,12 @@ extern "C" __global__ void __launch_bounds__(256)
 
 // Derivative of softmax_features and, where lam is given, of softmax_time: dx (B, L, H, S) =
 // q (dq - sum_s q dq) + w (dwk + dwv + column), with q the softmax over features, w = exp(x - lam) over time.
-// lam and column are (B, H, N, S); the rows of a chunk before first (B, N) have w = 0 and q unused: dx = 0 there.
+// dq comes in `parts` (1 or 2) neighbouring rows of S whose sum counts. lam and column are (B, H, N, S); the rows of a chunk before first (B, N) have w = 0 and q unused: dx = 0 there.
 extern "C" __global__ void __launch_bounds__(256)
     softmax_backward(const Real* __restrict__ x, const float* __restrict__ dq, const float* __restrict__ dwk,
                      const float* __restrict__ dwv, const float* __restrict__ lam, const float* __restrict__ column,
                      Real* __restrict__ dx, const uint8_t* live, const int* first, int64_t xb, int64_t xt, int64_t xh,
-                     int batch, int length, int heads, int features, int chunk) {
+                     int batch, int length, int heads, int features, int chunk, int parts) {
     int lane = threadIdx.x % 32;
     int64_t row = int64_t(blockIdx.x) * 8 + threadIdx.x / 32;
     if (row >= int64_t(batch) * length * heads) return;
@@ -78,7 +78,9 @@ extern "C" __global__ void __launch_bounds__(256)
     float dot = 0.f;
 #pragma unroll
     for (int i = 0; i < FEATURES; ++i) {
-        d[i] = lane + 32 * i < features ? dq[row * features + lane + 32 * i] : 0.f;
+        d[i] = 0.f;
+        if (lane + 32 * i < features)
+            for (int part = 0; part < parts; ++part) d[i] += dq[(row * parts + part) * features + lane + 32 * i];
         dot += q[i] * d[i];
     }
     dot = warp_sum(dot);
@@ -126,6 +128,21 @@ extern "C" __global__ void __launch_bounds__(256)
     for (int t = warp; t < chunk; t += 8) {
         float v = t < start ? 0.f : exp2f((to_float(x[t * xt]) - norm) * 1.4426950408889634f);
         w[int64_t(t) * heads * features] = from_float<Real>(v);
+    }
+}
+
+// out (N, 2, width) bf16 = x (N, width) float32 as the sum of two bf16, the larger first. Four elements a thread.
+extern "C" __global__ void __launch_bounds__(256)
+    split(const float* __restrict__ x, bf16* __restrict__ out, int64_t total, int64_t width) {
+    int64_t i = (int64_t(blockIdx.x) * 256 + threadIdx.x) * 4;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        if (i + j >= total) return;
+        int64_t to = (i + j) / width * 2 * width + (i + j) % width;
+        float v = x[i + j];
+        bf16 high = from_float<bf16>(v);
+        out[to] = high;
+        out[to + width] = from_float<bf16>(v - to_float(high));
     }
 }
 

@@ -9,11 +9,12 @@ LARGEST_HEAD = 1024
 NOTHING = -1e30  # logarithm of an empty sum
 _ARGUMENTS = {
     "softmax_features": "PPPqqqiiii",
-    "softmax_backward": "PPPPPPPPPqqqiiiii",
+    "softmax_backward": "PPPPPPPPPqqqiiiiii",
     "softmax_time": "PPPPqqqiiii",
     "shares": "PPPPPiiii",
     "shares_backward": "PPPPPPiiii",
     "row_dot": "PPPqi",
+    "split": "PPqq",
 }
 _MODULE = Module(__file__, "memory.cu", kernels=tuple(_ARGUMENTS))
 _THREADS = 256
@@ -61,8 +62,9 @@ def softmax_features(x: Tensor, live: Tensor | None) -> Tensor:
 
 
 def softmax_features_backward(x: Tensor, grad: Tensor, live: Tensor | None) -> Tensor:
-    """d loss / d x from grad (B, L, H, S) float32 of softmax_features."""
+    """d loss / d x from the gradient float32 of softmax_features, (B, L, H, S) or in two parts (B, L, H, 2 S)."""
     if not x.is_cuda:
+        grad = grad.unflatten(-1, (-1, x.shape[-1])).sum(-2)
         q = torch.softmax(x.float(), -1)
         dx = q * (grad - (q * grad).sum(-1, keepdim=True))
         return (dx if live is None else dx * live[..., None, None]).to(x.dtype)
@@ -110,7 +112,7 @@ def _softmax_backward(
     _kernel("softmax_backward", features, x.dtype).launch(
         x.get_device(),
         -(-batch * length * heads // 8),
-        *(*pointers, *x.stride()[:3], batch, length, heads, features, chunk),
+        *(*pointers, *x.stride()[:3], batch, length, heads, features, chunk, dq.shape[3] // features),
     )
     return dx
 
@@ -187,6 +189,18 @@ def shares_backward(drho: Tensor, dlast: Tensor | None, rho: Tensor, keep: Tenso
         *(batch * heads, folds, features, heads),
     )
     return dlam, dlogz
+
+
+def split(x: Tensor) -> Tensor:
+    """x (..., S, E) contiguous float32 as (..., 2 S, E) bfloat16: rounded values, then the rounded rests."""
+    out = torch.empty((*x.shape[:-2], 2 * x.shape[-2], x.shape[-1]), dtype=torch.bfloat16, device=x.device)
+    if not x.is_cuda:
+        high = x.to(out.dtype)
+        return torch.cat((high, (x - high).to(out.dtype)), -2)
+    _kernel("split", 32, torch.float32).launch(
+        x.get_device(), -(-x.numel() // 1024), x.data_ptr(), out.data_ptr(), x.numel(), x.shape[-2] * x.shape[-1]
+    )
+    return out
 
 
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
