@@ -24,7 +24,8 @@ _NAMES = [
 ]
 SCAN = {lanes: Module(__file__, "scan.cu", defines={"MODES": lanes}, kernels=_NAMES) for lanes in LANES}
 FILTER = Module(__file__, "filter.cu", kernels=("filter<false>", "filter<true>"))
-MODULES = (*SCAN.values(), FILTER)
+CORRELATE = Module(__file__, "correlate.cu", kernels=("correlate",))
+MODULES = (*SCAN.values(), FILTER, CORRELATE)
 
 # As in tiles.cuh.
 _CHANNELS, _TILE_THREADS, _TILE_MODES = 16, 512, 16
@@ -36,6 +37,8 @@ _FILTER = {
     )
     for reverse in (False, True)
 }
+_CORRELATE_SHARED = 8 * _CHANNELS * 256 + 16 * _CHANNELS * 8 * 32 + 8 * _CHANNELS * 10 * _TILE_MODES + 64
+_CORRELATE = CORRELATE.kernel("correlate", args="PPPPPPiii", block=_TILE_THREADS, smem=_CORRELATE_SHARED)
 
 
 @cache
@@ -55,14 +58,15 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _tiled(x: Tensor, modes: int) -> bool:
-    """Whether the tensor-core kernels take x (B, L, D): they read eight channels at once."""
+def _tiled(x: Tensor, modes: int, shared: int) -> bool:
+    """Whether a tensor-core kernel takes x (B, L, D): it reads eight channels at once, and needs shared memory."""
     return (
         x.dtype is torch.bfloat16
         and modes <= _TILE_MODES
         and x.shape[1] >= _TILED_LENGTH
         and x.shape[2] % 8 == 0
         and x.data_ptr() % 16 == 0
+        and shared <= torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
     )
 
 
@@ -87,7 +91,7 @@ def filter_steps(
         width,
         modes,
     )
-    if _tiled(x, modes):
+    if _tiled(x, modes, _FILTER_SHARED):
         _FILTER[reverse].launch(x.device.index, (-(-width // _CHANNELS), batch), *values)
     else:
         _scan(f"scan_filter<{_TYPES[x.dtype]}, {'true' if reverse else 'false'}>", "PPPPPPPPiii", x, *values)
@@ -99,10 +103,7 @@ def correlate(x: Tensor, dy: Tensor, q: Tensor, bos: Tensor | None) -> tuple[Ten
     batch, length, width = x.shape
     modes = q.shape[1]
     sums = torch.empty((2, batch, width, modes), dtype=torch.complex64, device=x.device)
-    _scan(
-        f"scan_correlate<{_TYPES[x.dtype]}>",
-        "PPPPPPiii",
-        x,
+    values = (
         x.data_ptr(),
         dy.data_ptr(),
         _pointer(bos),
@@ -113,6 +114,10 @@ def correlate(x: Tensor, dy: Tensor, q: Tensor, bos: Tensor | None) -> tuple[Ten
         width,
         modes,
     )
+    if _tiled(x, modes, _CORRELATE_SHARED) and dy.data_ptr() % 16 == 0:
+        _CORRELATE.launch(x.device.index, (-(-width // _CHANNELS), batch), *values)
+    else:
+        _scan(f"scan_correlate<{_TYPES[x.dtype]}>", "PPPPPPiii", x, *values)
     return sums[0], sums[1]
 
 

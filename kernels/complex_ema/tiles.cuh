@@ -59,7 +59,12 @@ struct Mover {
         if (inside && step < length) *reinterpret_cast<uint4*>(to + offset(step)) = pair.even;
         if (inside && step + 1 < length) *reinterpret_cast<uint4*>(to + offset(step + 1)) = pair.odd;
     }
-    DEVICE void put(uint32_t* shared, Pair pair) const {
+    DEVICE void put(uint32_t* shared, Pair pair) const { put(shared, pair, word); }
+    // With time running backward inside every block of 16 steps.
+    DEVICE void put_reversed(uint32_t* shared, const Pair& pair) const {
+        put(shared, Pair{pair.odd, pair.even}, word ^ (BLOCK / 2 - 1));
+    }
+    DEVICE void put(uint32_t* shared, Pair pair, int word) const {
         swap_halves(pair.even.x, pair.odd.x), swap_halves(pair.even.y, pair.odd.y);
         swap_halves(pair.even.z, pair.odd.z), swap_halves(pair.even.w, pair.odd.w);
         uint32_t* at = shared + place(channel, word);
@@ -115,8 +120,8 @@ DEVICE void product(float (&c)[4], const uint32_t (&a)[4], uint4 b) {
     mma_bf16(c, a, b.z, b.w);
 }
 
-// The powers of q that carry a state over 16, 32, 64, 128 and 256 steps; made in double precision, because their
-// errors add up over the whole memory of a slow mode.
+// Over how many steps a state is carried at once: 16, 32, 64, 128 and 256. These powers are made in double precision,
+// because their errors add up over the whole memory of a slow mode.
 constexpr int LEVELS = 5;
 DEVICE void make_decays(float2 (&decays)[LEVELS][MODES], float2 q) {
     const int lane = threadIdx.x % 32;
