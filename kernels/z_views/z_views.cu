@@ -41,6 +41,13 @@ template <class X> DEVICE void load_row(const X* from, int lane, bool inside, fl
     }
 }
 
+// Start bringing a row into L2: few warps fit an SM, too few to hide the latency of device memory by themselves.
+template <class X> DEVICE void fetch_row(const X* from, int lane) {
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+        if (owns(lane, v)) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + feature(lane, v)));
+}
+
 template <class X> DEVICE void store_row(X* to, int lane, bool inside, const float (&from)[V][W]) {
 #pragma unroll
     for (int v = 0; v < V; ++v)
@@ -64,6 +71,9 @@ struct Turn {
             if (owns(lane, v)) {
                 load(cos + position * (S / 2) + feature(lane, v) / 2, cosine[v]);
                 load(sin + position * (S / 2) + feature(lane, v) / 2, sine[v]);
+            } else {  // zeros turned by what happens to be in a register could be NaN
+#pragma unroll
+                for (int w = 0; w < W / 2; ++w) cosine[v][w] = sine[v][w] = 0.f;
             }
     }
     // By the angle, or back by it when `sign` is -1.
@@ -104,6 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const int64_t offset = int64_t(at.row) * S;
         float x[V][W];
         load_row(z + offset, at.lane, inside, x);
+        if (at.row + at.step < rows) fetch_row(z + offset + int64_t(at.step) * S, at.lane);
         Turn turn;
         if (turns) turn.load_angles(cos, sin, at.token % length, at.lane);
         const float r = rsqrtf(dot(x, x) * (1.f / S) + eps);
@@ -145,6 +156,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if constexpr (KEEP) {
 #pragma unroll
             for (int i = 0; i < R; ++i) load_row(g[i] + offset, at.lane, inside, dview[i]);
+        }
+        if (at.row + at.step < rows) {
+            fetch_row(z + offset + int64_t(at.step) * S, at.lane);
+#pragma unroll
+            for (int i = 0; i < R; ++i) fetch_row(g[i] + offset + int64_t(at.step) * S, at.lane);
         }
         Turn turn;
         if (turns) turn.load_angles(cos, sin, at.token % length, at.lane);
