@@ -110,18 +110,17 @@ def _backward_cuda(
     return launch.run_backward(_plan(x, weight, bias, groups, centered), dy, x, weight, bias, saved)
 
 
-def _reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, centered: bool
-) -> Tensor:
-    if centered:
-        return reference.layer_norm(x, weight, bias, groups=groups, eps=eps)
-    return reference.rms_norm(x, weight, groups=groups, eps=eps)
-
-
 def _forward_cpu(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, centered: bool, save: bool
 ) -> tuple[Tensor, Tensor]:
-    return _reference(x, weight, bias, groups, eps, centered), x.new_empty(0, dtype=torch.float32)
+    if centered:
+        y = reference.layer_norm(x, weight, bias, groups=groups, eps=eps)
+    else:
+        y = reference.rms_norm(x, weight, groups=groups, eps=eps)
+    cells = x.float().view(-1, groups, x.shape[-1] // groups)
+    mean = cells.mean(-1) if centered else torch.zeros(cells.shape[:2])
+    scale = torch.rsqrt((cells - mean[..., None]).square().mean(-1) + eps)
+    return y, torch.stack([scale, mean][: 1 + centered]) if save else torch.empty(0)
 
 
 def _backward_cpu(
@@ -134,18 +133,23 @@ def _backward_cpu(
     eps: float,
     centered: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
-        y = _reference(leaves[0], leaves[1], leaves[2], groups, eps, centered)  # type: ignore[arg-type]
-        found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy))
-    dx, dweight, dbias = (x.new_empty(0) if leaf is None else next(found) for leaf in leaves)
-    return dx, dweight, dbias
+    dim = x.shape[-1]
+    cells, g = (t.float().view(-1, groups, dim // groups) for t in (x, dy))
+    scale = saved[0, ..., None]
+    unit = (cells - saved[1, ..., None] if centered else cells) * scale
+    gw = g if weight is None else g * (1 + weight.float()).view(groups, -1)
+    dx = scale * (gw - unit * (gw * unit).mean(-1, keepdim=True))
+    if centered:
+        dx = dx - scale * gw.mean(-1, keepdim=True)
+    dweight = x.new_empty(0) if weight is None else (g * unit).sum(0).view(dim).to(weight.dtype)
+    dbias = x.new_empty(0) if bias is None else g.sum(0).view(dim).to(bias.dtype)
+    return dx.view(x.shape).to(x.dtype), dweight, dbias
 
 
 def _forward_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, centered: bool, save: bool
 ) -> tuple[Tensor, Tensor]:
-    shape = (1 + centered, x.numel() // x.shape[-1], groups) if save and x.device.type == "cuda" else (0,)
+    shape = (1 + centered, x.numel() // x.shape[-1], groups) if save else (0,)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, x.new_empty(shape, dtype=torch.float32)
 

@@ -1,4 +1,4 @@
-"""The operators behind both time-step norms, on CUDA, on the CPU (the references) and on fake tensors."""
+"""The operators behind both time-step norms, on CUDA, on the CPU and on fake tensors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..timestep_norm import reference as cumulative
 from ..types import NormState
-from . import launch
-from . import reference as decayed
+from . import launch, steps
 
 _LIBRARY = torch.library.Library("gecko_lab", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -154,59 +152,6 @@ def _backward_cuda(
     return launch.run_backward(plan, rates, dy, dmean, dvar, x, weight, saved, begin, count, mean is not None)
 
 
-def _reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    bos: Tensor | None,
-    count: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    groups: int,
-    beta1: float | None,
-    beta2: float | None,
-    eps: float,
-) -> tuple[Tensor, NormState]:
-    state = None if count is None or mean is None or var is None else NormState(count, mean, var)
-    if beta1 is None or beta2 is None:
-        return cumulative.timestep_norm(x, weight, bias, groups=groups, eps=eps, bos=bos, state=state)
-    return decayed.timestep_decay_norm(
-        x, weight, bias, groups=groups, beta1=beta1, beta2=beta2, eps=eps, bos=bos, state=state
-    )
-
-
-def _forward_cpu(x: Tensor, *arguments: Any) -> Six:
-    y, state = _reference(x, *arguments[:-1])
-    nothing = x.new_empty(0, dtype=torch.float32)
-    return y, state.count.clone(), state.mean.clone(), state.var.clone(), nothing, nothing.to(torch.int32)
-
-
-def _backward_cpu(
-    dy: Tensor,
-    dmean: Tensor,
-    dvar: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    saved: Tensor,
-    begin: Tensor,
-    bos: Tensor | None,
-    count: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    *options: Any,
-) -> Five:
-    tensors = (x, weight, bias) if mean is None or var is None else (x, weight, bias, mean, var)
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        y, state = _reference(*leaves[:3], bos, count, *(leaves[3:] or (None, None)), *options)
-        outputs, cotangents = (y, state.mean, state.var), (dy, dmean, dvar)
-        gradients = torch.autograd.grad(outputs, leaves, cotangents)
-    nothing = x.new_empty(0, dtype=torch.float32)
-    dx, dweight, dbias, dmean0, dvar0 = (*gradients, nothing, nothing.clone())[:5]
-    return dx, dweight, dbias, dmean0, dvar0
-
-
 def _forward_fake(
     x: Tensor,
     weight: Tensor,
@@ -222,10 +167,9 @@ def _forward_fake(
     save: bool,
 ) -> Six:
     batch, length, _ = x.shape
-    on_gpu = x.device.type == "cuda"
     state = [x.new_empty(batch, groups, dtype=torch.float32) for _ in range(2)]
-    saved = x.new_empty((2, batch, groups, length) if save and on_gpu else (0,), dtype=torch.float32)
-    begin = x.new_empty((batch, length) if bos is not None and on_gpu else (0,), dtype=torch.int32)
+    saved = x.new_empty((2, batch, groups, length) if save else (0,), dtype=torch.float32)
+    begin = x.new_empty((0,) if bos is None else (batch, length), dtype=torch.int32)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, x.new_empty(batch, dtype=torch.int64), *state, saved, begin
 
@@ -255,8 +199,8 @@ def _backward_fake(
 
 
 for _name, _cuda, _cpu, _fake in (
-    ("time_norm", _forward_cuda, _forward_cpu, _forward_fake),
-    ("time_norm_backward", _backward_cuda, _backward_cpu, _backward_fake),
+    ("time_norm", _forward_cuda, steps.forward, _forward_fake),
+    ("time_norm_backward", _backward_cuda, steps.backward, _backward_fake),
 ):
     _LIBRARY.impl(_name, _cuda, "CUDA")
     _LIBRARY.impl(_name, _cpu, "CPU")
