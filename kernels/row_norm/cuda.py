@@ -69,7 +69,7 @@ class RowNorm(torch.autograd.Function):
         ctx.options = groups, eps, centered
         y, saved = torch.ops.gecko_lab.row_norm(x, weight, bias, *ctx.options, True)
         ctx.save_for_backward(x, weight, bias, saved)
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     @once_differentiable
@@ -81,8 +81,8 @@ class RowNorm(torch.autograd.Function):
 
 def _row_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, centered: bool) -> Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return RowNorm.apply(x, weight, bias, groups, eps, centered)  # type: ignore[no-any-return]
-    return torch.ops.gecko_lab.row_norm(x, weight, bias, groups, eps, centered, False)[0]  # type: ignore[no-any-return]
+        return RowNorm.apply(x, weight, bias, groups, eps, centered)
+    return torch.ops.gecko_lab.row_norm(x, weight, bias, groups, eps, centered, False)[0]
 
 
 def _plan(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, centered: bool) -> launch.Plan:

@@ -13,7 +13,12 @@ constexpr int K = FEATURES;
 constexpr int SLOTS = LANES * GROUPS, ACROSS = THREADS / SLOTS, TILE = ACROSS * ROWS, WARPS = THREADS / 32;
 constexpr bool WHOLE = LANES * VECTORS * VECTOR == K;
 constexpr bool LIGHT = ROWS * VECTORS <= 8;
+// Blocks a multiprocessor, which bound the registers; the compiler needs more of them for Blackwell.
+#if __CUDA_ARCH__ >= 1000
+constexpr int FORWARD_BLOCKS = LIGHT ? 512 / THREADS : 1, BACKWARD_BLOCKS = LIGHT && THREADS <= 128 ? 384 / THREADS : 1;
+#else
 constexpr int FORWARD_BLOCKS = LIGHT ? 640 / THREADS : 1, BACKWARD_BLOCKS = LIGHT ? 512 / THREADS : 1;
+#endif
 static_assert(TILE <= 64 && THREADS % SLOTS == 0, "a warp scans two steps a lane");
 
 struct Rates {

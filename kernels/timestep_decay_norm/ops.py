@@ -167,11 +167,11 @@ def _forward_fake(
     save: bool,
 ) -> Six:
     batch, length, _ = x.shape
-    state = [x.new_empty(batch, groups, dtype=torch.float32) for _ in range(2)]
+    mean_out, var_out = (x.new_empty(batch, groups, dtype=torch.float32) for _ in range(2))
     saved = x.new_empty((2, batch, groups, length) if save else (0,), dtype=torch.float32)
     begin = x.new_empty((0,) if bos is None else (batch, length), dtype=torch.int32)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty(batch, dtype=torch.int64), *state, saved, begin
+    return y, x.new_empty(batch, dtype=torch.int64), mean_out, var_out, saved, begin
 
 
 def _backward_fake(
