@@ -18,7 +18,7 @@ S = TypeVar("S")
 
 def map_tensors(function: Callable[[Tensor], Tensor], state: S) -> S:
     """The same tree with ``function`` applied to each tensor; counters and None stay."""
-    return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, state)  # type: ignore[no-any-return]
+    return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, state)
 
 
 def detach(state: S) -> S:
@@ -57,4 +57,4 @@ def flatten(state: Any) -> tuple[list[Any], str]:
 
 def unflatten(leaves: list[Any], like: S) -> S:
     """Put leaves back into the structure of ``like`` (a state of the same model)."""
-    return pytree.tree_unflatten(leaves, pytree.tree_structure(like))  # type: ignore[no-any-return]
+    return pytree.tree_unflatten(leaves, pytree.tree_structure(like))

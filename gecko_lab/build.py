@@ -31,7 +31,8 @@ CONFIG_MODULE = "gecko_lab.conf"
 def options(group: str) -> list[str]:
     """Names that ``group=NAME`` accepts: the YAML files of conf/GROUP, and the registry's components."""
     folder = resources.files(CONFIG_MODULE).joinpath(*group.split("/"))
-    names = [f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")] if folder.is_dir() else []
+    files = [f.name for f in folder.iterdir()] if folder.is_dir() else []
+    names = [name.removesuffix(".yaml") for name in files if name.endswith(".yaml")]
     kind = group.removeprefix("model/")
     if group != kind and kind in KINDS:
         names += KINDS[kind].names()
@@ -78,7 +79,8 @@ def build_config(*overrides: str) -> TrainConfig:
 def to_config(node: DictConfig) -> TrainConfig:
     """Typed dataclasses out of a composed node; raises ConfigError for values that no run can have."""
     try:
-        values = {str(k): OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in node.items() if k != "hydra"}
+        values: dict[str, Any] = {str(k): v for k, v in node.items() if k != "hydra"}
+        values = {k: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in values.items()}
         config = TrainConfig(**values)
         schema.check(config)
     except (ValueError, OmegaConfBaseException) as error:
@@ -107,7 +109,7 @@ def _explain(overrides: list[str], error: Exception) -> str:
             chosen = value if isinstance(value, list) else [value]
             for name in chosen:
                 if isinstance(name, str) and name not in options(key):
-                    return f"unknown {key.removeprefix('model/') if '/' in key else key} {name!r}. {nearest(name, options(key))}"
+                    return f"unknown {key.removeprefix('model/')} {name!r}. {nearest(name, options(key))}"
             if key == "ablation" and not override.is_add():
                 return f"write +ablation={value} (with a plus): no ablation is chosen by default"
         elif (message := _unknown_field(key)) is not None and not override.is_add():

@@ -37,7 +37,7 @@ class TrainerConfig:
     """How long, where and in which precision."""
 
     max_steps: int = option(400, "optimiser steps")
-    batch_size: int = option(8, "rows of a batch, on each device")
+    batch_size: int = option(4, "rows of a batch, on each device")
     accumulate: int = option(1, "batches whose gradients make one step")
     accelerator: str = option("auto", "auto, cpu or gpu")
     devices: int = option(1, "processes, one a device")

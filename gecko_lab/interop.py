@@ -132,5 +132,5 @@ def to_official(model: LanguageModel) -> tuple[dict[str, Any], dict[str, Tensor]
     if mine != theirs:
         changed = [k for k in mine if mine[k] != theirs[k]]
         raise LabError(f"the official Gecko has no counterpart of these settings: {changed}")
-    weights = {_official_name(n): p.detach() for n, p in model.named_parameters(remove_duplicate=not config.tie_embeddings)}
-    return official, weights
+    named = model.named_parameters(remove_duplicate=not config.tie_embeddings)
+    return official, {_official_name(name): parameter.detach() for name, parameter in named}

@@ -105,7 +105,7 @@ def test_seed_fixes_the_weights() -> None:
     ],
 )
 def test_mistakes_are_named(override: str, words: list[str]) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
+    with pytest.raises(ValueError) as caught:
         gecko_lab.build_model(override)
     for word in words:
         assert word in str(caught.value)

@@ -49,7 +49,9 @@ def test_causality(model: gecko_lab.LanguageModel) -> None:
     assert not torch.equal(a[:, 27], b[:, 27])
 
 
-@pytest.mark.parametrize("cuts", [[17], [1, 2, 3, 8, 16, 24, 25, 40], list(range(1, 45))], ids=["two", "some", "tokens"])
+@pytest.mark.parametrize(
+    "cuts", [[17], [1, 2, 3, 8, 16, 24, 25, 40], list(range(1, 45))], ids=["two", "some", "tokens"]
+)
 @pytest.mark.parametrize("bos_id", [BOS, None], ids=["documents", "one"])
 def test_any_cut_gives_the_same_logits(model: gecko_lab.LanguageModel, cuts: list[int], bos_id: int | None) -> None:
     tokens = some_tokens(45)
