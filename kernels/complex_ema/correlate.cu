@@ -67,10 +67,10 @@ DEVICE Dual odd(const float (&value)[4], const float (&slope)[4]) {
 
 // One warp: steps begin .. end - 1 of a tile from the state at `begin`, which becomes the state at the end of the tile.
 // `sums` grows by a U and its derivative of modes 4 j + t, `lags` by x_s dy_{15 - column} at row s.
+template <bool WHOLE>
 DEVICE void correlate_tile(const Shared& shared, int warp, Dual (&state)[4], Dual (&sums)[4], float (&lags)[2][4],
                            int begin, int end) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const bool whole = begin == 0 && end == TILE;
 
     uint32_t x[2][4], dy[2][4];
 #pragma unroll
@@ -79,7 +79,7 @@ DEVICE void correlate_tile(const Shared& shared, int warp, Dual (&state)[4], Dua
         const int across = place(warp, lane % 8 * CHUNK + lane / 16 * (CHUNK / 2) + block * 8 + lane / 8 % 2 * 4);
         load_matrix_x4_transposed(x[block], shared_address(shared.x + across));
         load_matrix_x4_transposed(dy[block], shared_address(shared.dy + across));
-        if (!whole)
+        if constexpr (!WHOLE)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int first = (4 * t + i / 2) * CHUNK + block * BLOCK, row = i % 2 * 8 + g;
@@ -92,7 +92,7 @@ DEVICE void correlate_tile(const Shared& shared, int warp, Dual (&state)[4], Dua
         const int along = place(warp, lane % 8 * CHUNK + lane / 8 % 2 * (CHUNK / 2) + block * 8 + lane / 16 * 4);
         load_matrix_x4(x[block], shared_address(shared.x + along));
         load_matrix_x4(dy[block], shared_address(shared.dy + along));
-        if (!whole)
+        if constexpr (!WHOLE)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int first = 2 * g * CHUNK + i % 2 * CHUNK + block * BLOCK, column = i / 2 * 8 + 2 * t;
@@ -188,7 +188,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         if (active)
             for (int begin = 0, end = next_flag(shared.flags, 0);; end = next_flag(shared.flags, begin + 1)) {
-                if (end > begin) correlate_tile(shared, warp, state, sums, lags, begin, end);
+                if (begin == 0 && end == TILE)
+                    correlate_tile<true>(shared, warp, state, sums, lags, begin, end);
+                else if (end > begin)
+                    correlate_tile<false>(shared, warp, state, sums, lags, begin, end);
                 if (end == TILE) break;
                 begin = end;
 #pragma unroll

@@ -7,7 +7,7 @@
 
 struct Shared {
     uint32_t x[CHANNELS * WORDS];                // the tile, turned into the outputs in place
-    uint4 output[CHANNELS][2][2][32];            // C: 8 modes a product, 8 steps a product, a fragment a lane
+    uint4 output[CHANNELS][4][32];               // C: 4 modes a product, fragments of steps 0 .. 7 and of 8 .. 15
     uint4 taps[CHANNELS][2][32];                 // K: 8 steps a product
     float2 decays[CHANNELS][LEVELS][MODES];
     uint32_t flags[TILE / 32];
@@ -36,12 +36,13 @@ template <bool REVERSE> DEVICE uint4 input_factor(const Channel& channel, int j)
     return g % 2 ? factor(first.y, second.y, last_q.y, last.y) : factor(first.x, second.x, last_q.x, last.x);
 }
 
-// C for modes 8 k .. 8 k + 7 and steps 8 part .. 8 part + 7: output q^(step + 1), one exponent less backward in time.
-template <bool REVERSE> DEVICE uint4 output_factor(const Channel& channel, int k, int part) {
-    const int lane = threadIdx.x % 32, g = lane / 4, n = 8 * k + lane % 4, exponent = 8 * part + g + 1 - REVERSE;
-    const float2 a = times(channel.output(n, REVERSE), power(channel.decay(n), exponent));
-    const float2 b = times(channel.output(n + 4, REVERSE), power(channel.decay(n + 4), exponent));
-    return factor(a.x, -a.y, b.x, -b.y);
+// C for modes 4 j .. 4 j + 3 in tf32: output q^(step + 1), one exponent less backward in time. Only outputs, which are
+// rounded to bfloat16, depend on it.
+template <bool REVERSE> DEVICE uint4 output_factor(const Channel& channel, int j) {
+    const int lane = threadIdx.x % 32, n = 4 * j + lane % 4;
+    const float2 q = channel.decay(n);
+    const float2 a = times(channel.output(n, REVERSE), power(q, lane / 4 + 1 - REVERSE)), b = times(a, power(q, 8));
+    return make_uint4(to_tf32(a.x), to_tf32(-a.y), to_tf32(b.x), to_tf32(-b.y));
 }
 
 // Tap tau = Re sum_n gamma p q^tau in lanes tau and tau + 16.
@@ -68,24 +69,24 @@ DEVICE uint4 tap_factor(float tap, int part) {
 
 // One warp: the outputs of steps begin .. end - 1 of a tile in place, from the state at `begin`, which becomes the
 // state at the end of the tile. The steps outside count as zero. Lane (g, t) keeps modes 4 j + t.
+template <bool WHOLE>
 DEVICE void filter_tile(uint32_t* x, int warp, const uint4 (&input)[4], const Shared& shared, float2 (&state)[4],
                         int begin, int end) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const bool whole = begin == 0 && end == TILE;
 
     uint32_t a[2][4];
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
         const int word = lane % 8 * CHUNK + lane / 8 % 2 * (CHUNK / 2) + block * 8 + lane / 16 * 4;
         load_matrix_x4(a[block], shared_address(x + place(warp, word)));
-        if (!whole)
+        if constexpr (!WHOLE)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int step = 2 * g * CHUNK + i % 2 * CHUNK + block * BLOCK + i / 2 * 8 + 2 * t;
                 a[block][i] &= within(step, step + 1, begin, end);
             }
     }
-    __syncwarp();
+    if constexpr (!WHOLE) __syncwarp();
 
     float first[4][4], entering[4][4];  // what block 0 adds to the state; the state entering a block
 #pragma unroll
@@ -127,20 +128,12 @@ DEVICE void filter_tile(uint32_t* x, int warp, const uint4 (&input)[4], const Sh
             product(y[part], a[block], shared.taps[warp][part][lane]);
         }
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-            uint32_t upper[4], lower[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float* pair = &entering[2 * k + i / 2][i % 2 * 2];
-                const uint2 halves = split(pair[0], pair[1]);
-                upper[i] = halves.x, lower[i] = halves.y;
-            }
-#pragma unroll
-            for (int part = 0; part < 2; ++part) {
-                const uint4 b = shared.output[warp][k][part][lane];
-                product(y[part], upper, b);
-                mma_bf16(y[part], lower, b.x, b.y);
-            }
+        for (int j = 0; j < 4; ++j) {
+            const uint32_t states[4] = {to_tf32(entering[j][0]), to_tf32(entering[j][2]), to_tf32(entering[j][1]),
+                                        to_tf32(entering[j][3])};
+            const uint4 output = shared.output[warp][j][lane];
+            mma_tf32(y[0], states, output.x, output.y);
+            mma_tf32(y[1], states, output.z, output.w);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -148,11 +141,8 @@ DEVICE void filter_tile(uint32_t* x, int warp, const uint4 (&input)[4], const Sh
             const int word = g * CHUNK + odd * (CHUNK / 2) + block * 8 + part * 4 + t;
             uint32_t& to = x[place(warp, word)];
             const uint32_t pair = pack_bf16(y[part][2 * odd], y[part][2 * odd + 1]);
-            const uint32_t mask = whole ? ALL : within(2 * word, 2 * word + 1, begin, end);
-            if (mask == ALL)
-                to = pair;
-            else if (mask)
-                to = (to & ~mask) | (pair & mask);
+            const uint32_t mask = WHOLE ? ALL : within(2 * word, 2 * word + 1, begin, end);
+            to = WHOLE ? pair : (to & ~mask) | (pair & mask);
         }
         if (block == 0)
 #pragma unroll
@@ -205,11 +195,9 @@ __global__ void __launch_bounds__(THREADS, 1)
     for (int j = 0; j < 4; ++j) input[j] = input_factor<REVERSE>(channel, j);
     const float tap = make_tap(channel);
 #pragma unroll
-    for (int part = 0; part < 2; ++part) {
-        shared.taps[warp][part][lane] = tap_factor(tap, part);
+    for (int part = 0; part < 2; ++part) shared.taps[warp][part][lane] = tap_factor(tap, part);
 #pragma unroll
-        for (int k = 0; k < 2; ++k) shared.output[warp][k][part][lane] = output_factor<REVERSE>(channel, k, part);
-    }
+    for (int j = 0; j < 4; ++j) shared.output[warp][j][lane] = output_factor<REVERSE>(channel, j);
     make_decays(shared.decays[warp], channel.decay(lane));
 
     float2 state[4];
@@ -245,7 +233,10 @@ __global__ void __launch_bounds__(THREADS, 1)
                 __syncwarp();
             }
             for (int begin = 0, end = next_flag(shared.flags, 0);; end = next_flag(shared.flags, begin + 1)) {
-                if (end > begin) filter_tile(shared.x, warp, input, shared, state, begin, end);
+                if (begin == 0 && end == TILE)
+                    filter_tile<true>(shared.x, warp, input, shared, state, begin, end);
+                else if (end > begin)
+                    filter_tile<false>(shared.x, warp, input, shared, state, begin, end);
                 if (end == TILE) break;
                 begin = end;
 #pragma unroll
