@@ -13,6 +13,10 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
     `out` may be float32 where a and b are bfloat16 (then without `add`). cuBLAS knows one batch stride: where the
     three dimensions do not merge into one, large products are issued in parts and small operands are copied.
     """
+    x, y, *_ = out.shape
+    if x == y == 1:
+        _batched(out.view(out.shape[2:]), a.view(a.shape[2:]), b.view(b.shape[2:]), add)
+        return
     if out.numel() == 0:
         return
     parts = [_merge(t) for t in (out, a, b)]
@@ -21,16 +25,16 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
         return
     size, axis = min((size, axis) for axis, size in enumerate(out.shape[:3]) if size > 1)
     if 2.0 * out.numel() * a.shape[-1] / size >= _WORTH_A_LAUNCH:
-        for o, x, y in zip(out.split(1, axis), a.split(1, axis), b.split(1, axis)):
-            product(o, x, y, add=add)
+        for part in zip(out.split(1, axis), a.split(1, axis), b.split(1, axis)):
+            product(*part, add=add)
         return
     target = parts[0]
     made = torch.empty((out.shape[:3].numel(), *out.shape[3:]), dtype=out.dtype, device=out.device)
-    x, y = (t.reshape(-1, *t.shape[3:]) if part is None else part for t, part in zip((a, b), parts[1:]))
+    left, right = (t.reshape(-1, *t.shape[3:]) if part is None else part for t, part in zip((a, b), parts[1:]))
     if target is not None:
-        _batched(target, x, y, add)
+        _batched(target, left, right, add)
         return
-    _batched(made, x, y, False)
+    _batched(made, left, right, False)
     if add:
         out.add_(made.view(out.shape))
     else:

@@ -64,7 +64,7 @@ def groups(q: Tensor, k: Tensor, chunk: int, bands: int) -> Iterator[Group]:
 class _Scratch:
     """Float32 strips, allocated once a group."""
 
-    def __init__(self, group: Group, strips: list[Rectangle], like: Tensor) -> None:
+    def __init__(self, group: Group, strips: tuple[Rectangle, ...], like: Tensor) -> None:
         self.group = group
         most = max(r.count * r.rows * (-(-r.keys // 4) * 4) for r in strips)
         self.buffer = torch.empty(group.batch * group.heads * most, dtype=torch.float32, device=like.device)

@@ -6,6 +6,7 @@ extent up to half a strip. Strips that repeat in consecutive chunks form one bat
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -28,7 +29,8 @@ def strip_length(chunk: int) -> int:
     return chunk if chunk < 128 else -(-chunk // (8 * STRIPS)) * 8
 
 
-def row_strips(first: int, end: int, chunk: int) -> list[Rectangle]:
+@lru_cache(maxsize=256)
+def row_strips(first: int, end: int, chunk: int) -> tuple[Rectangle, ...]:
     """The rectangles that cover every visible (query, key) pair of the rows [first, end), each row once."""
     found = []
     for c in range(first // chunk, -(-end // chunk)):
@@ -38,7 +40,8 @@ def row_strips(first: int, end: int, chunk: int) -> list[Rectangle]:
     return _batched(found, chunk)
 
 
-def key_strips(first: int, end: int, chunk: int) -> list[Rectangle]:
+@lru_cache(maxsize=256)
+def key_strips(first: int, end: int, chunk: int) -> tuple[Rectangle, ...]:
     """The same pairs by key: each key that a row of [first, end) sees lies in one rectangle, with all those rows."""
     found = []
     for c in range(max(first // chunk - 1, 0), -(-end // chunk)):
@@ -55,7 +58,7 @@ def _strips(c: int, first: int, end: int, chunk: int) -> list[tuple[int, int]]:
     return [(low, high) for low, high in cuts if low < high]
 
 
-def _batched(found: list[Rectangle], chunk: int) -> list[Rectangle]:
+def _batched(found: list[Rectangle], chunk: int) -> tuple[Rectangle, ...]:
     """Merge rectangles that are shifts of one another by one chunk; the order within a chunk is kept."""
     merged: list[Rectangle] = []
     for new in found:
@@ -66,7 +69,7 @@ def _batched(found: list[Rectangle], chunk: int) -> list[Rectangle]:
                 break
         else:
             merged.append(new)
-    return merged
+    return tuple(merged)
 
 
 @dataclass(frozen=True)
