@@ -41,7 +41,7 @@ template <class X> DEVICE void load_row(const X* from, int lane, bool inside, fl
     }
 }
 
-// Start bringing a row into L2: few warps fit an SM, too few to hide the latency of device memory by themselves.
+// Start bringing a row into L2. Forward gains a seventh by it on an H200; backward, with more loads of its own, nothing.
 template <class X> DEVICE void fetch_row(const X* from, int lane) {
 #pragma unroll
     for (int v = 0; v < V; ++v)
@@ -156,11 +156,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if constexpr (KEEP) {
 #pragma unroll
             for (int i = 0; i < R; ++i) load_row(g[i] + offset, at.lane, inside, dview[i]);
-        }
-        if (at.row + at.step < rows) {
-            fetch_row(z + offset + int64_t(at.step) * S, at.lane);
-#pragma unroll
-            for (int i = 0; i < R; ++i) fetch_row(g[i] + offset + int64_t(at.step) * S, at.lane);
         }
         Turn turn;
         if (turns) turn.load_angles(cos, sin, at.token % length, at.lane);

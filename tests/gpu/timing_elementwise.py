@@ -5,21 +5,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gecko_lab.bench.clock import measure
 from gecko_lab.kernels.gates import cuda as gates
 from gecko_lab.kernels.z_views import cuda as views
 
 
-def milliseconds(run: Callable[[], object], repeats: int = 20) -> float:
+def milliseconds(run: Callable[[], object]) -> float:
     """The median time of a call on the GPU, in ms."""
     for _ in range(3):
         run()
-    marks = [(torch.cuda.Event(True), torch.cuda.Event(True)) for _ in range(repeats)]
-    for start, end in marks:
-        start.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(end) for start, end in marks)[repeats // 2]
+    return measure(run, torch.device("cuda", torch.cuda.current_device()), repeats=20, seconds=2.0).ms
 
 
 def report(
