@@ -43,8 +43,9 @@ class TrainerConfig:
     devices: int = option(1, "processes, one a device")
     num_nodes: int = option(1, "machines")
     strategy: str = option("auto", "auto, ddp or fsdp (FSDP2, a block is a unit)")
-    precision: str = option("32-true", "32-true, bf16-mixed or bf16-true")
+    precision: str = option("auto", "auto (bf16-mixed on a GPU, else 32-true), 32-true, bf16-mixed or bf16-true")
     compile: bool = option(False, "torch.compile every block")
+    piece_len: int = option(0, "tokens of a row in memory at once, state and gradient carried between; 0: whole rows")
     deterministic: bool = option(True, "refuse operations whose result varies from run to run")
     loss_chunk: int = option(4096, "positions whose logits exist at once; 0: all")
     progress: bool = option(True, "progress bar")
@@ -107,12 +108,17 @@ def check(config: TrainConfig) -> None:
         value = getattr(config.trainer, name)
         need(value >= 1, f"trainer.{name}", value, "must be at least 1")
     for section, name, allowed in (
-        ("trainer", "precision", ("32-true", "bf16-mixed", "bf16-true")),
+        ("trainer", "precision", ("auto", "32-true", "bf16-mixed", "bf16-true")),
         ("trainer", "accelerator", ("auto", "cpu", "gpu")),
         ("trainer", "strategy", ("auto", "ddp", "fsdp")),
     ):
         value = getattr(getattr(config, section), name)
         need(value in allowed, f"{section}.{name}", value, "must be one of " + ", ".join(allowed))
+    for name in ("piece_len", "loss_chunk"):
+        value = getattr(config.trainer, name)
+        need(value >= 0, f"trainer.{name}", value, "must not be negative (0: no cut)")
+    sharded_bf16 = config.trainer.strategy == "fsdp" and config.trainer.precision == "bf16-true"
+    need(not sharded_bf16, "trainer.precision", "bf16-true", "strategy=fsdp keeps one type in a block; use bf16-mixed")
     need(config.kernels in ("auto", "reference", "strict"), "kernels", config.kernels, "auto, reference or strict")
     need(config.optim.lr > 0, "optim.lr", config.optim.lr, "must be positive")
     need(0 <= config.optim.min_lr_ratio <= 1, "optim.min_lr_ratio", config.optim.min_lr_ratio, "must be in [0, 1]")

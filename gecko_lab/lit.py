@@ -14,10 +14,11 @@ from torch import Tensor
 from .components import state as states
 from .config import OptimConfig, TrainConfig, TrainerConfig
 from .errors import RunError
-from .loss import token_losses
 from .metrics import LanguageMetrics
 from .model import LanguageModel, ModelConfig, ModelState
 from .optim import make_optimizer
+from .pieces import row_losses
+from .strategies import ShardedStrategy, shard, whole
 
 Batch = dict[str, Any]
 
@@ -38,6 +39,7 @@ class LitLanguageModel(L.LightningModule):
         self.state: ModelState | None = None
         self.last_loss: Tensor | None = None
         self.gradient_norm: Tensor | None = None
+        self._configured = False
         self._rng: dict[str, Any] | None = None
         self._stream_leaves: list[Any] | None = None
 
@@ -50,17 +52,27 @@ class LitLanguageModel(L.LightningModule):
         return self.config.trainer
 
     def configure_model(self) -> None:
+        """Compile, then shard; Lightning calls this for every fit and validation, so a second call does nothing."""
+        if self._configured:
+            return
+        self._configured = True
         if self.training_config.compile:
+            torch._dynamo.config.fail_on_recompile_limit_hit = True  # the default is to go on uncompiled, silently
             for block in self.model.blocks:
                 block.compile()
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            shard(self.model, self.trainer.strategy.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         return make_optimizer(self.model, self.optim, self.training_config.max_steps)
 
     def losses(self, batch: Batch, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
         """Nats of every target (B, L), and the state after the batch."""
-        features, after = self.model.features(batch["tokens"], state, self.bos_id)
-        return token_losses(features, self.model.head.weight, batch["targets"], self.training_config.loss_chunk), after
+        options = self.training_config
+        return row_losses(
+            self.model, batch["tokens"], batch["targets"], state, self.bos_id,
+            piece_len=options.piece_len, loss_chunk=options.loss_chunk,
+        )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses, state = self.losses(batch, self.state if self.stream else None)
@@ -82,7 +94,7 @@ class LitLanguageModel(L.LightningModule):
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip to the global norm and keep it for the record."""
         limit = self.optim.clip or float("inf")
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.gradient_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["gecko_lab"] = {

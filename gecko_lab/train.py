@@ -28,21 +28,19 @@ def make_trainer(config: Any, folder: Any, callbacks: list[Any], logger: Any) ->
     from lightning.pytorch.callbacks import RichProgressBar
 
     from .checkpoint import SafeCheckpointIO
+    from .precision import trainer_options
+    from .strategies import make_strategy
 
     options = config.trainer
-    strategy: Any = options.strategy
-    if strategy == "fsdp":
-        from lightning.pytorch.strategies import ModelParallelStrategy
-
-        strategy = ModelParallelStrategy(data_parallel_size=options.devices * options.num_nodes, tensor_parallel_size=1)
+    precision, plugins = trainer_options(options.precision, options.accelerator)
     if options.progress and sys.stderr.isatty():
         callbacks = [*callbacks, RichProgressBar(leave=True)]
     return L.Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         num_nodes=options.num_nodes,
-        strategy=strategy,
-        precision=options.precision,
+        strategy=make_strategy(options.strategy, options.devices * options.num_nodes),
+        precision=precision,
         max_steps=options.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=options.accumulate,
@@ -57,7 +55,7 @@ def make_trainer(config: Any, folder: Any, callbacks: list[Any], logger: Any) ->
         enable_checkpointing=False,
         callbacks=callbacks,
         logger=logger,
-        plugins=[SafeCheckpointIO()],
+        plugins=[SafeCheckpointIO(), *plugins],
         default_root_dir=folder.path,
     )
 
