@@ -12,7 +12,7 @@ from torch import Tensor
 from ..runtime import Kernel, Module
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "float"}
-VECTORS_A_LANE = 16  # the registers of a thread hold at most so many accesses of 16 bytes
+VECTORS_A_LANE = 16  # accesses of 16 bytes, in a step of a group
 MODULE = Module(__file__, "norm.cu", kernels=("prepare", "forward", "backward", "parameters"))
 
 
@@ -70,7 +70,7 @@ class Plan:
         # Neighbouring groups until a step's part is 256 (512) contiguous bytes; at most two rows a lane pair scans.
         groups = max(1, (512 if wide else 256) // (self.features * self.dtype.itemsize))
         groups = min(power_of_two(groups), power_of_two(self.groups), 32)
-        threads = min(256 if wide else 128, max(32, 64 * lanes * groups))
+        threads = min(256 if wide and vectors <= 8 else 128, max(32, 64 * lanes * groups))
         groups = min(groups, threads // lanes)
         across = threads // (lanes * groups)
         rows = max(1, min(8 // vectors, 64 // across))
@@ -107,12 +107,22 @@ class Plan:
         return self.module.kernel("prepare", args="PPPqii", block=1024)
 
     @cached_property
+    def _sizes(self) -> tuple[int, int, int]:
+        """Threads of a block, and bytes of its tile and of the backward's exchange of parameter gradients."""
+        d = self.defines
+        threads, vectors, vector = int(d["THREADS"]), int(d["VECTORS"]), int(d["VECTOR"])
+        return threads, threads * int(d["ROWS"]) * vectors * vector * self.dtype.itemsize, 2 * threads * vector * 4
+
+    @cached_property
     def forward(self) -> Kernel:
-        return self.module.kernel("forward", args="P" * 13 + "iiii" + "f" * 7, block=int(self.defines["THREADS"]))
+        threads, tile, _ = self._sizes
+        return self.module.kernel("forward", args="P" * 13 + "iiii" + "f" * 7, block=threads, smem=tile)
 
     @cached_property
     def backward(self) -> Kernel:
-        return self.module.kernel("backward", args="P" * 13 + "iiii" + "f" * 6, block=int(self.defines["THREADS"]))
+        threads, tile, exchange = self._sizes
+        smem = max(2 * tile, exchange) if self.defines["VECTORS"] == 1 else 2 * tile + exchange
+        return self.module.kernel("backward", args="P" * 13 + "iiii" + "f" * 6, block=threads, smem=smem)
 
     @cached_property
     def parameter_sums(self) -> Kernel:

@@ -1,5 +1,5 @@
 // Time-step norms (spec sections 1.1 and 1.2), forward and backward, one pass over memory each: a block holds a tile of
-// steps and whole groups in registers, forms the moments, publishes what the tile does to the running pair, looks back
+// steps and whole groups in shared memory, forms the moments, publishes what the tile does to the running pair, looks back
 // for what arrives, and finishes the tile.
 // Defines: DECAYED 0/1; INPUT, PARAMETER types of x and of the parameters; FEATURES a group; VECTOR elements an access; LANES
 // lanes a group; VECTORS accesses a lane, group and step; GROUPS groups a block; ROWS steps a thread; THREADS a block.
@@ -12,13 +12,7 @@ using P = PARAMETER;
 constexpr int K = FEATURES;
 constexpr int SLOTS = LANES * GROUPS, ACROSS = THREADS / SLOTS, TILE = ACROSS * ROWS, WARPS = THREADS / 32;
 constexpr bool WHOLE = LANES * VECTORS * VECTOR == K;
-constexpr bool LIGHT = ROWS * VECTORS <= 8;
-// Blocks a multiprocessor, which bound the registers; the compiler needs more of them for Blackwell.
-#if __CUDA_ARCH__ >= 1000
-constexpr int FORWARD_BLOCKS = LIGHT ? 512 / THREADS : 1, BACKWARD_BLOCKS = LIGHT && THREADS <= 128 ? 384 / THREADS : 1;
-#else
-constexpr int FORWARD_BLOCKS = LIGHT ? 640 / THREADS : 1, BACKWARD_BLOCKS = LIGHT ? 512 / THREADS : 1;
-#endif
+constexpr int FORWARD_BLOCKS = (VECTORS > 4 ? 512 : 1024) / THREADS, BACKWARD_BLOCKS = 768 / THREADS;  // a multiprocessor
 static_assert(TILE <= 64 && THREADS % SLOTS == 0, "a warp scans two steps a lane");
 
 struct Rates {
@@ -50,6 +44,29 @@ struct Share {
     DEVICE int column(int v) const { return (v * LANES + lane) * VECTOR; }
     DEVICE bool within(int v) const { return WHOLE || column(v) < K; }
 };
+
+// A tile in shared memory. Every thread reads back what it fetched itself, so no barrier is needed; registers instead
+// would let fewer blocks live on a multiprocessor, and it is they that hide each other's waits.
+constexpr int TILE_BYTES = ROWS * VECTORS * VECTOR * THREADS * int(sizeof(X));
+struct Tile {
+    X* own;
+    DEVICE Tile(char* memory) : own(reinterpret_cast<X*>(memory) + threadIdx.x * VECTOR) {}
+    DEVICE X* at(int r, int v) const { return own + (r * VECTORS + v) * THREADS * VECTOR; }
+    DEVICE void fetch(int r, int v, const X* from, bool inside) const {
+        if constexpr (VECTOR * sizeof(X) == 16) {
+            copy_async_16(shared_address(at(r, v)), from, inside);
+        } else {
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) at(r, v)[i] = inside ? from[i] : from_float<X>(0.f);
+        }
+    }
+    DEVICE Vector<X, VECTOR> operator()(int r, int v) const {
+        Vector<X, VECTOR> values;
+        values.read(at(r, v));
+        return values;
+    }
+};
+extern __shared__ __align__(16) char memory[];
 
 // Documents of one row: begin[t] is the step of the latest BOS at or before t, -1 when there is none in this call.
 struct Documents {
@@ -119,32 +136,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
     const int start = place.order * TILE, group = place.group(mine.group);
     const int64_t base = (int64_t(place.row) * L + start) * groups * K + int64_t(group) * K;
 
-    Vector<X, VECTOR> x[ROWS][VECTORS];
+    const Tile x_tile(memory);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         const int step = r * ACROSS + mine.step;
         const bool inside = group < groups && start + step < L;
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
-            x[r][v].clear();
-            if (inside && mine.within(v)) x[r][v].read(x_all + base + int64_t(step) * groups * K + mine.column(v));
+            const bool there = inside && mine.within(v);
+            const X* from = there ? x_all + base + int64_t(step) * groups * K + mine.column(v) : x_all;
+            x_tile.fetch(r, v, from, there);
         }
     }
+    copy_async_commit();
     const Documents documents = {begin ? begin + int64_t(place.row) * L : nullptr, count0 ? count0[place.row] : 0};
 
+    copy_async_wait<0>();
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         float mean = 0.f, square = 0.f;
+        Vector<X, VECTOR> x[VECTORS];
 #pragma unroll
-        for (int v = 0; v < VECTORS; ++v)
+        for (int v = 0; v < VECTORS; ++v) {
+            x[v] = x_tile(r, v);
 #pragma unroll
-            for (int i = 0; i < VECTOR; ++i) mean += x[r][v][i];
+            for (int i = 0; i < VECTOR; ++i) mean += x[v][i];
+        }
         mean = warp_sum<LANES>(mean) * (1.f / K);
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v)
             if (mine.within(v)) {
 #pragma unroll
-                for (int i = 0; i < VECTOR; ++i) square += (x[r][v][i] - mean) * (x[r][v][i] - mean);
+                for (int i = 0; i < VECTOR; ++i) square += (x[v][i] - mean) * (x[v][i] - mean);
             }
         square = warp_sum<LANES>(square) * (1.f / K);
         if (mine.lane == 0) {
@@ -237,9 +260,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
             const int step = r * ACROSS + mine.step;
             if (start + step >= L) continue;
             const float mean = first[mine.group][step], scale = second[mine.group][step];
+            const Vector<X, VECTOR> x = x_tile(r, v);
             float y[VECTOR];
 #pragma unroll
-            for (int i = 0; i < VECTOR; ++i) y[i] = fmaf((x[r][v][i] - mean) * scale, w[i], b[i]);
+            for (int i = 0; i < VECTOR; ++i) y[i] = fmaf((x[i] - mean) * scale, w[i], b[i]);
             write(y_all + base + int64_t(step) * groups * K + mine.column(v), y);
         }
     }
@@ -255,7 +279,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     __shared__ float own_mean[GROUPS][TILE];                        // of the step's group
     __shared__ float along[GROUPS][TILE], across[GROUPS][TILE];     // sum dy w, sum dy w (x - center); then the two
                                                                     // coefficients of dx
-    __shared__ float exchange[2][THREADS * VECTOR];
+    // The last use of the tile is before that of the exchange when a thread holds one access a step.
+    float* exchange = reinterpret_cast<float*>(memory + (VECTORS == 1 ? 0 : 2 * TILE_BYTES));
     const Rates rate = {beta1, beta2, keep1, keep2, log1, log2, 0.f};
     const Place place(L, groups, rows, tiles);
     const Share mine;
@@ -263,20 +288,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     const int64_t base = (int64_t(place.row) * L + start) * groups * K + int64_t(group) * K;
     const int64_t pairs = int64_t(rows) * groups * L;
 
-    Vector<X, VECTOR> x[ROWS][VECTORS], dy[ROWS][VECTORS];
+    const Tile x_tile(memory), dy_tile(memory + TILE_BYTES);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         const int step = r * ACROSS + mine.step;
         const bool inside = group < groups && start + step < L;
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
-            x[r][v].clear(), dy[r][v].clear();
-            if (inside && mine.within(v)) {
-                const int64_t at = base + int64_t(step) * groups * K + mine.column(v);
-                x[r][v].read(x_all + at), dy[r][v].read(dy_all + at);
-            }
+            const bool there = inside && mine.within(v);
+            const int64_t at = there ? base + int64_t(step) * groups * K + mine.column(v) : 0;
+            x_tile.fetch(r, v, x_all + at, there), dy_tile.fetch(r, v, dy_all + at, there);
         }
     }
+    copy_async_commit();
     for (int i = threadIdx.x; i < GROUPS * TILE; i += THREADS) {
         const int g = i / TILE, s = i % TILE;
         const bool inside = place.group(g) < groups && start + s < L;
@@ -286,6 +310,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     }
     const Documents documents = {begin ? begin + int64_t(place.row) * L : nullptr, count0 ? count0[place.row] : 0};
     __syncthreads();
+    copy_async_wait<0>();
 
     float sums[3][ROWS] = {};
 #pragma unroll
@@ -295,10 +320,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             const float mean = center[mine.group][r * ACROSS + mine.step];
+            const Vector<X, VECTOR> x = x_tile(r, v), dy = dy_tile(r, v);
 #pragma unroll
             for (int i = 0; i < VECTOR; ++i) {
-                const float g = fmaf(dy[r][v][i], w[i], dy[r][v][i]);
-                sums[0][r] += x[r][v][i], sums[1][r] += g, sums[2][r] = fmaf(g, x[r][v][i] - mean, sums[2][r]);
+                const float g = fmaf(dy[i], w[i], dy[i]);
+                sums[0][r] += x[i], sums[1][r] += g, sums[2][r] = fmaf(g, x[i] - mean, sums[2][r]);
             }
         }
     }
@@ -415,10 +441,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                 const float mean = center[mine.group][step], rs = scale[mine.group][step];
                 const float at = own_mean[mine.group][step], shift = along[mine.group][step];
                 const float stretch = across[mine.group][step];
+                const Vector<X, VECTOR> x = x_tile(r, v), dy = dy_tile(r, v);
                 float dx[VECTOR];
 #pragma unroll
                 for (int i = 0; i < VECTOR; ++i) {
-                    const float value = x[r][v][i], g = dy[r][v][i];
+                    const float value = x[i], g = dy[i];
                     dx[i] = fmaf(g * w[i], rs, fmaf(stretch, value - at, shift));
                     dweight[i] = fmaf(g, (value - mean) * rs, dweight[i]);
                     dbias[i] += g;
@@ -426,9 +453,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                 write(dx_all + base + int64_t(step) * groups * K + mine.column(v), dx);
             }
         }
-        if (v > 0) __syncthreads();
-        write(exchange[0] + threadIdx.x * VECTOR, dweight);
-        write(exchange[1] + threadIdx.x * VECTOR, dbias);
+        __syncthreads();
+        write(exchange + threadIdx.x * VECTOR, dweight);
+        write(exchange + (THREADS + threadIdx.x) * VECTOR, dbias);
         __syncthreads();
         for (int c = threadIdx.x; c < 2 * SLOTS * VECTOR; c += THREADS) {
             const int which = c / (SLOTS * VECTOR), at = c % (SLOTS * VECTOR), slot = at / VECTOR;
@@ -436,7 +463,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
             if (g >= groups || column >= K) continue;
             float sum = 0.f;
 #pragma unroll
-            for (int a = 0; a < ACROSS; ++a) sum += exchange[which][a * SLOTS * VECTOR + at];
+            for (int a = 0; a < ACROSS; ++a) sum += exchange[(which * THREADS + a * SLOTS) * VECTOR + at];
             partial[((int64_t(place.row) * tiles + tile) * 2 + which) * groups * K + int64_t(g) * K + column] = sum;
         }
     }
