@@ -1,9 +1,9 @@
 // The sums over time behind the parameter gradients, on tensor cores. With u_t = keep q u_{t-1} + x_t and v = du/dq:
 //   along_u = sum_t dy_t u_t,   along_v = sum_t dy_t v_t = d along_u / dq
-// In a block of 16 steps that the state a enters, with r_k = sum_t dy_t x_{t-k} and U = sum_t dy_t q^t (t in the block),
+// In a chunk of 32 steps that the state a enters, with r_k = sum_t dy_t x_{t-k} and U = sum_t dy_t q^t (t in the chunk),
 //   sum_t dy_t u_t = q a U + sum_k q^k r_k,
-// so every number is carried with its derivative by q, and the r_k are summed over all blocks before q enters. The block
-// of dy is stored backward in time: then U and the block's share of the state, sum_s x_s q^(15 - s), have one factor W.
+// so every number is carried with its derivative by q, and the r_k are summed over all chunks before q enters. The chunk
+// of dy is stored backward in time: then U and the chunk's share of the state, sum_s x_s q^(31 - s), have one factor W.
 #include "tiles.cuh"
 
 // A number and its derivative with respect to q.
@@ -24,32 +24,36 @@ DEVICE Dual shuffle(const Dual& a, int lane) {
 }
 
 struct Shared {
+    uint4 staged_x[2 * THREADS], staged_dy[2 * THREADS];  // the next tile on its way
     uint32_t x[CHANNELS * WORDS], dy[CHANNELS * WORDS];
-    uint4 factor[CHANNELS][4][2][32];                // W and its derivative, four modes a product
+    uint4 factor[CHANNELS][4][2][2][32];             // four modes, W or its derivative, half a chunk
     float2 decays[CHANNELS][2][LEVELS][MODES];       // and their derivatives
     uint32_t flags[TILE / 32];
 };
 
-// The factors q^(15 - s) and (15 - s) q^(14 - s) of modes 4 j .. 4 j + 3; `q` is that of mode 4 j + g / 2.
-DEVICE void make_factors(uint4 (&to)[2][32], float2 q) {
+// The factors q^(31 - s) and (31 - s) q^(30 - s) of modes 4 j .. 4 j + 3; `q` is that of mode 4 j + g / 2.
+DEVICE void make_factors(uint4 (&to)[2][2][32], float2 q) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    float value[4], slope[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int exponent = 15 - (2 * t + i % 2 + i / 2 * 8);
-        const float2 power_below = power(q, exponent > 0 ? exponent - 1 : 0);
-        const float2 full = exponent > 0 ? times(power_below, q) : power_below;
-        value[i] = g % 2 ? full.y : full.x;
-        slope[i] = exponent * (g % 2 ? power_below.y : power_below.x);
+    for (int block = 0; block < 2; ++block) {
+        float value[4], slope[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int exponent = CHUNK - 1 - (block * BLOCK + 2 * t + i % 2 + i / 2 * 8);
+            const float2 below = power(q, exponent > 0 ? exponent - 1 : 0);
+            const float2 full = exponent > 0 ? times(below, q) : below;
+            value[i] = g % 2 ? full.y : full.x;
+            slope[i] = exponent * (g % 2 ? below.y : below.x);
+        }
+        to[0][block][lane] = factor(value[0], value[1], value[2], value[3]);
+        to[1][block][lane] = factor(slope[0], slope[1], slope[2], slope[3]);
     }
-    to[0][lane] = factor(value[0], value[1], value[2], value[3]);
-    to[1][lane] = factor(slope[0], slope[1], slope[2], slope[3]);
 }
 
 DEVICE void make_slopes(float2 (&slopes)[LEVELS][MODES], float2 q) {
     const int lane = threadIdx.x % 32;
     double re = q.x, im = q.y, slope_re = 1, slope_im = 0;
-    for (int level = -4; level < LEVELS; ++level) {
+    for (int level = FIRST_LEVEL; level < LEVELS; ++level) {
         if (level >= 0 && lane < MODES) slopes[level][lane] = make_float2(float(slope_re), float(slope_im));
         const double next = 2 * (re * slope_re - im * slope_im);
         slope_im = 2 * (re * slope_im + im * slope_re), slope_re = next;
@@ -66,13 +70,14 @@ DEVICE Dual odd(const float (&value)[4], const float (&slope)[4]) {
 }
 
 // One warp: steps begin .. end - 1 of a tile from the state at `begin`, which becomes the state at the end of the tile.
-// `sums` grows by a U and its derivative of modes 4 j + t, `lags` by x_s dy_{15 - column} at row s.
+// `sums` grows by a U and its derivative of modes 4 j + t, `lags` by x_s dy_t at row s and column 15 - t, both within
+// their blocks: in lags[0] of the same block, in lags[1] with dy a block later.
 template <bool WHOLE>
-DEVICE void correlate_tile(const Shared& shared, int warp, Dual (&state)[4], Dual (&sums)[4], float (&lags)[2][4],
+DEVICE void correlate_tile(const Shared& shared, int warp, Dual (&state)[4], Dual (&sums)[4], float (&lags)[2][2][4],
                            int begin, int end) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
-    uint32_t x[2][4], dy[2][4];
+    uint32_t x[2][4], dy[2][4];  // in the order of memory, which for dy is backward in time
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
         // x and dy side by side for the sums over time: rows are s and columns are dy's steps, chunks are summed.
@@ -82,22 +87,30 @@ DEVICE void correlate_tile(const Shared& shared, int warp, Dual (&state)[4], Dua
         if constexpr (!WHOLE)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int first = (4 * t + i / 2) * CHUNK + block * BLOCK, row = i % 2 * 8 + g;
-                x[block][i] &= within(first + row, first + 2 * CHUNK + row, begin, end);
-                dy[block][i] &= within(first + 15 - row, first + 2 * CHUNK + 15 - row, begin, end);
+                const int first = (4 * t + i / 2) * CHUNK, step = block * BLOCK + i % 2 * 8 + g;
+                const int back = CHUNK - 1 - step;
+                x[block][i] &= within(first + step, first + 2 * CHUNK + step, begin, end);
+                dy[block][i] &= within(first + back, first + 2 * CHUNK + back, begin, end);
             }
-        mma_bf16(lags[0], x[block], dy[block][0], dy[block][2]);
-        mma_bf16(lags[1], x[block], dy[block][1], dy[block][3]);
-
+    }
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+        mma_bf16(lags[0][part], x[0], dy[1][part], dy[1][2 + part]);
+        mma_bf16(lags[1][part], x[0], dy[0][part], dy[0][2 + part]);
+        mma_bf16(lags[0][part], x[1], dy[0][part], dy[0][2 + part]);
+    }
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
         const int along = place(warp, lane % 8 * CHUNK + lane / 8 % 2 * (CHUNK / 2) + block * 8 + lane / 16 * 4);
         load_matrix_x4(x[block], shared_address(shared.x + along));
         load_matrix_x4(dy[block], shared_address(shared.dy + along));
         if constexpr (!WHOLE)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int first = 2 * g * CHUNK + i % 2 * CHUNK + block * BLOCK, column = i / 2 * 8 + 2 * t;
-                x[block][i] &= within(first + column, first + column + 1, begin, end);
-                dy[block][i] &= within(first + 15 - column, first + 14 - column, begin, end);
+                const int first = (2 * g + i % 2) * CHUNK, step = block * BLOCK + i / 2 * 8 + 2 * t;
+                const int back = CHUNK - 1 - step;
+                x[block][i] &= within(first + step, first + step + 1, begin, end);
+                dy[block][i] &= within(first + back, first + back - 1, begin, end);
             }
     }
 
@@ -107,45 +120,33 @@ DEVICE void correlate_tile(const Shared& shared, int warp, Dual (&state)[4], Dua
         auto decay = [&](int level) -> Dual {
             return {shared.decays[warp][0][level][n], shared.decays[warp][1][level][n]};
         };
-        const uint4 input = shared.factor[warp][j][0][lane], slope_input = shared.factor[warp][j][1][lane];
-        const Dual over_block = decay(0), over_chunk = decay(1);
+        const Dual over_chunk = decay(0);
 
-        float first[4] = {}, first_slope[4] = {};  // what block 0 adds to the state
-        product(first, x[0], input);
-        product(first_slope, x[0], slope_input);
-        const Dual carried_even = times_plus(over_block, even(first, first_slope), zero_dual());
-        const Dual carried_odd = times_plus(over_block, odd(first, first_slope), zero_dual());
-        float sum[4] = {carried_even.value.x, carried_even.value.y, carried_odd.value.x, carried_odd.value.y};
-        float sum_slope[4] = {carried_even.slope.x, carried_even.slope.y, carried_odd.slope.x, carried_odd.slope.y};
-        product(sum, x[1], input);
-        product(sum_slope, x[1], slope_input);
+        float added[4] = {}, added_slope[4] = {}, along[4] = {}, along_slope[4] = {};
+#pragma unroll
+        for (int block = 0; block < 2; ++block) {
+            const uint4 input = shared.factor[warp][j][0][block][lane];
+            const uint4 slope_input = shared.factor[warp][j][1][block][lane];
+            product(added, x[block], input);
+            product(added_slope, x[block], slope_input);
+            product(along, dy[block], input);
+            product(along_slope, dy[block], slope_input);
+        }
 
         // States after each pair of chunks: a scan over the eight lanes of a mode.
-        const Dual own = even(sum, sum_slope);
+        const Dual own = even(added, added_slope);
         Dual after = g == 0 ? times_plus(over_chunk, state[j], own) : own;
-        after = times_plus(over_chunk, after, odd(sum, sum_slope));
+        after = times_plus(over_chunk, after, odd(added, added_slope));
 #pragma unroll
         for (int level = 0; level < 3; ++level) {
             const Dual before = shuffle_up(after, 4 << level);
-            if (g >= 1 << level) after = times_plus(decay(2 + level), before, after);
+            if (g >= 1 << level) after = times_plus(decay(1 + level), before, after);
         }
-        Dual entering_even = shuffle_up(after, 4);
-        if (g == 0) entering_even = state[j];
+        Dual entering = shuffle_up(after, 4);
+        if (g == 0) entering = state[j];
         state[j] = shuffle(after, 28 + t);
-        Dual entering_odd = times_plus(over_chunk, entering_even, own);
-
-#pragma unroll
-        for (int block = 0; block < 2; ++block) {
-            float along[4] = {}, along_slope[4] = {};
-            product(along, dy[block], input);
-            product(along_slope, dy[block], slope_input);
-            sums[j] = times_plus(entering_even, even(along, along_slope), sums[j]);
-            sums[j] = times_plus(entering_odd, odd(along, along_slope), sums[j]);
-            if (block == 0) {
-                entering_even = times_plus(over_block, entering_even, even(first, first_slope));
-                entering_odd = times_plus(over_block, entering_odd, odd(first, first_slope));
-            }
-        }
+        sums[j] = times_plus(entering, even(along, along_slope), sums[j]);
+        sums[j] = times_plus(times_plus(over_chunk, entering, own), odd(along, along_slope), sums[j]);
     }
 }
 
@@ -163,27 +164,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     };
 
     const Mover mover(length, width, false);
-    Pair x_pair = mover.load(x, 0), dy_pair = mover.load(dy, 0);
+    mover.fetch(x, 0, shared.staged_x);
+    mover.fetch(dy, 0, shared.staged_dy);
+    copy_async_commit();
     bool drops = drops_state(bos, length, 0, false);
     for (int j = 0; j < 4; ++j) make_factors(shared.factor[warp][j], decay(4 * j + g / 2));
     make_decays(shared.decays[warp][0], decay(lane));
     make_slopes(shared.decays[warp][1], decay(lane));
 
     Dual state[4], sums[4];
-    float lags[2][4] = {};
+    float lags[2][2][4] = {};
 #pragma unroll
     for (int j = 0; j < 4; ++j) state[j] = sums[j] = zero_dual();
 
     const int tiles = (length + TILE - 1) / TILE;
     for (int tile = 0; tile < tiles; ++tile) {
-        mover.put(shared.x, x_pair);
-        mover.put_reversed(shared.dy, dy_pair);
+        copy_async_wait<0>();
+        mover.put(shared.x, mover.fetched(shared.staged_x));
+        mover.put_reversed(shared.dy, mover.fetched(shared.staged_dy));
         const uint32_t flags = __ballot_sync(ALL, drops);
         if (lane == 0) shared.flags[warp] = flags;
         __syncthreads();
         if (tile + 1 < tiles) {
-            x_pair = mover.load(x, tile + 1);
-            dy_pair = mover.load(dy, tile + 1);
+            mover.fetch(x, tile + 1, shared.staged_x);
+            mover.fetch(dy, tile + 1, shared.staged_dy);
+            copy_async_commit();
             drops = drops_state(bos, length, tile + 1, false);
         }
         if (active)
@@ -200,12 +205,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         __syncthreads();
     }
 
-    float* by_steps = reinterpret_cast<float*>(shared.x + warp * WORDS);  // [s][15 - t]
+    // Lane k: r_k, from row s and column 15 - (s + k) of the same block or 15 - (s + k - 16) of the next.
+    float* by_steps = reinterpret_cast<float*>(shared.x + warp * WORDS);
+    float lag = 0.f;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) by_steps[(i % 4 / 2 * 8 + g) * 16 + i / 4 * 8 + 2 * t + i % 2] = lags[i / 4][i % 4];
-    __syncwarp();
-    float lag = 0.f;  // lane k: r_k
-    for (int s = 0; s + lane < BLOCK; ++s) lag += by_steps[s * 16 + 15 - (s + lane)];
+    for (int distance = 0; distance < 2; ++distance) {
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            by_steps[(i % 4 / 2 * 8 + g) * 16 + i / 4 * 8 + 2 * t + i % 2] = lags[distance][i / 4][i % 4];
+        __syncwarp();
+        for (int s = 0; s < BLOCK; ++s) {
+            const int column = 15 - (s + lane - distance * BLOCK);
+            if (column >= 0 && column < 16) lag += by_steps[s * 16 + column];
+        }
+    }
 
     Dual total = zero_dual();  // lane n: mode n
 #pragma unroll
@@ -221,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     const Dual own_decay = {decay(lane), make_float2(1.f, 0.f)};
     Dual local = zero_dual();
-    for (int k = BLOCK - 1; k >= 0; --k)
+    for (int k = CHUNK - 1; k >= 0; --k)
         local = times_plus(own_decay, local, Dual{make_float2(__shfl_sync(ALL, lag, k), 0.f), make_float2(0.f, 0.f)});
     total = times_plus(own_decay, total, local);
     if (active && lane < modes) {

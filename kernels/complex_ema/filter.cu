@@ -1,14 +1,15 @@
 // The moving average on tensor cores: bfloat16, D a multiple of 8, at most 16 modes, documents, both directions of time.
-// Let a be the state entering a block of 16 steps. Then, with W, K, C made of the powers of q,
-//   state leaving the block   q^16 a + x W      outputs of the block   x + x K + a C
+// Let a be the state entering a chunk of 32 steps. Then, with W, K, C made of the powers of q,
+//   state leaving the chunk   q^32 a + x W      outputs of the chunk   x + x K + a C
 // A state is h before its decay (forward: given as h0, returned as h) or after it (backward in time: given as dh,
 // returned as dh0), which moves the exponents by one.
 #include "tiles.cuh"
 
 struct Shared {
+    uint4 staged[2 * THREADS];                   // the next tile on its way
     uint32_t x[CHANNELS * WORDS];                // the tile, turned into the outputs in place
-    uint4 output[CHANNELS][4][32];               // C: 4 modes a product, fragments of steps 0 .. 7 and of 8 .. 15
-    uint4 taps[CHANNELS][2][32];                 // K: 8 steps a product
+    uint4 output[CHANNELS][4][2][32];            // C: four modes, half a chunk
+    uint4 taps[CHANNELS][2][2][32];              // K: from its own or the other half of the chunk, 8 steps of it
     float2 decays[CHANNELS][LEVELS][MODES];
     uint32_t flags[TILE / 32];
 };
@@ -26,42 +27,43 @@ struct Channel {
     DEVICE float2 output(int n, bool reverse) const { return input(n, !reverse); }
 };
 
-// W for modes 4 j .. 4 j + 3: input q^(15 - s), one exponent more backward in time.
-template <bool REVERSE> DEVICE uint4 input_factor(const Channel& channel, int j) {
+// W for modes 4 j .. 4 j + 3 and half a chunk: input q^(31 - s), one exponent more backward in time.
+template <bool REVERSE> DEVICE uint4 input_factor(const Channel& channel, int j, int block) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, n = 4 * j + g / 2;
     const float2 q = channel.decay(n);
-    const float2 last = times(channel.input(n, REVERSE), power(q, 6 - 2 * t + REVERSE));  // of s = 2 t + 9
+    const int exponent = CHUNK - 1 - (block * BLOCK + 2 * t + 9);  // of the last of the four steps s
+    const float2 last = times(times(channel.input(n, REVERSE), power(q, REVERSE)), power(q, exponent));
     const float2 q8 = power(q, 8), last_q = times(last, q);
     const float2 first = times(last_q, q8), second = times(last, q8);
     return g % 2 ? factor(first.y, second.y, last_q.y, last.y) : factor(first.x, second.x, last_q.x, last.x);
 }
 
-// C for modes 4 j .. 4 j + 3 in tf32: output q^(step + 1), one exponent less backward in time. Only outputs, which are
-// rounded to bfloat16, depend on it.
-template <bool REVERSE> DEVICE uint4 output_factor(const Channel& channel, int j) {
+// C for modes 4 j .. 4 j + 3 and half a chunk, in tf32: output q^(step + 1), one exponent less backward in time. Only
+// outputs, which are rounded to bfloat16, depend on it.
+template <bool REVERSE> DEVICE uint4 output_factor(const Channel& channel, int j, int block) {
     const int lane = threadIdx.x % 32, n = 4 * j + lane % 4;
     const float2 q = channel.decay(n);
-    const float2 a = times(channel.output(n, REVERSE), power(q, lane / 4 + 1 - REVERSE)), b = times(a, power(q, 8));
+    const float2 a = times(channel.output(n, REVERSE), power(q, block * BLOCK + lane / 4 + 1 - REVERSE));
+    const float2 b = times(a, power(q, 8));
     return make_uint4(to_tf32(a.x), to_tf32(-a.y), to_tf32(b.x), to_tf32(-b.y));
 }
 
-// Tap tau = Re sum_n gamma p q^tau in lanes tau and tau + 16.
+// Tap tau = Re sum_n gamma p q^tau in lane tau.
 DEVICE float make_tap(const Channel& channel) {
-    const int lane = threadIdx.x % 32;
     float tap = 0.f;
-    for (int n = lane / 16 * 8; n < lane / 16 * 8 + 8; ++n)
-        tap += channel.input(n, false).x * times(channel.input(n, true), power(channel.decay(n), lane % 16)).x;
-    return tap + __shfl_xor_sync(ALL, tap, 16);
+    for (int n = 0; n < channel.modes; ++n)
+        tap += channel.input(n, false).x * times(channel.input(n, true), power(channel.decay(n), threadIdx.x % 32)).x;
+    return tap;
 }
 
-// K for steps 8 part .. 8 part + 7: tap (step - s) where s <= step.
-DEVICE uint4 tap_factor(float tap, int part) {
+// K for steps 8 part .. 8 part + 7 of a block, from the steps s of the block `distance` before: tap (step - s), s <= step.
+DEVICE uint4 tap_factor(float tap, int distance, int part) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     float values[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const int lag = 8 * part + g - (2 * t + i % 2 + i / 2 * 8);
-        const float value = __shfl_sync(ALL, tap, lag & 15);
+        const int lag = distance * BLOCK + 8 * part + g - (2 * t + i % 2 + i / 2 * 8);
+        const float value = __shfl_sync(ALL, tap, lag & 31);
         values[i] = lag >= 0 ? value : 0.f;
     }
     return factor(values[0], values[1], values[2], values[3]);
@@ -70,7 +72,7 @@ DEVICE uint4 tap_factor(float tap, int part) {
 // One warp: the outputs of steps begin .. end - 1 of a tile in place, from the state at `begin`, which becomes the
 // state at the end of the tile. The steps outside count as zero. Lane (g, t) keeps modes 4 j + t.
 template <bool WHOLE>
-DEVICE void filter_tile(uint32_t* x, int warp, const uint4 (&input)[4], const Shared& shared, float2 (&state)[4],
+DEVICE void filter_tile(uint32_t* x, int warp, const uint4 (&input)[2][4], const Shared& shared, float2 (&state)[4],
                         int begin, int end) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
@@ -88,33 +90,28 @@ DEVICE void filter_tile(uint32_t* x, int warp, const uint4 (&input)[4], const Sh
     }
     if constexpr (!WHOLE) __syncwarp();
 
-    float first[4][4], entering[4][4];  // what block 0 adds to the state; the state entering a block
+    float entering[4][4];  // the states that enter the two chunks of a lane
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-        const int n = 4 * j + t;
-        const float2 q16 = shared.decays[warp][0][n], q32 = shared.decays[warp][1][n];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) first[j][i] = 0.f;
-        product(first[j], a[0], input[j]);
-        const float2 even = times(q16, make_float2(first[j][0], first[j][1]));
-        const float2 odd = times(q16, make_float2(first[j][2], first[j][3]));
-        float sum[4] = {even.x, even.y, odd.x, odd.y};  // what a chunk adds
-        product(sum, a[1], input[j]);
+        const float2 over_chunk = shared.decays[warp][0][4 * j + t];
+        float sum[4] = {};  // what a chunk adds
+        product(sum, a[0], input[0][j]);
+        product(sum, a[1], input[1][j]);
 
         // States after each pair of chunks: a scan over the eight lanes of a mode.
         const float2 own = make_float2(sum[0], sum[1]);
-        float2 after = g == 0 ? times_plus(q32, state[j], own) : own;
-        after = times_plus(q32, after, make_float2(sum[2], sum[3]));
+        float2 after = g == 0 ? times_plus(over_chunk, state[j], own) : own;
+        after = times_plus(over_chunk, after, make_float2(sum[2], sum[3]));
 #pragma unroll
         for (int level = 0; level < 3; ++level) {
             const float2 before = make_float2(__shfl_up_sync(ALL, after.x, 4 << level),
                                               __shfl_up_sync(ALL, after.y, 4 << level));
-            if (g >= 1 << level) after = times_plus(shared.decays[warp][2 + level][n], before, after);
+            if (g >= 1 << level) after = times_plus(shared.decays[warp][1 + level][4 * j + t], before, after);
         }
         float2 before = make_float2(__shfl_up_sync(ALL, after.x, 4), __shfl_up_sync(ALL, after.y, 4));
         if (g == 0) before = state[j];
         state[j] = make_float2(__shfl_sync(ALL, after.x, 28 + t), __shfl_sync(ALL, after.y, 28 + t));
-        const float2 between = times_plus(q32, before, own);
+        const float2 between = times_plus(over_chunk, before, own);
         entering[j][0] = before.x, entering[j][1] = before.y, entering[j][2] = between.x, entering[j][3] = between.y;
     }
 
@@ -125,13 +122,14 @@ DEVICE void filter_tile(uint32_t* x, int warp, const uint4 (&input)[4], const Sh
         for (int part = 0; part < 2; ++part) {
             y[part][0] = low_bf16(a[block][2 * part]), y[part][1] = high_bf16(a[block][2 * part]);
             y[part][2] = low_bf16(a[block][2 * part + 1]), y[part][3] = high_bf16(a[block][2 * part + 1]);
-            product(y[part], a[block], shared.taps[warp][part][lane]);
+            product(y[part], a[block], shared.taps[warp][0][part][lane]);
+            if (block == 1) product(y[part], a[0], shared.taps[warp][1][part][lane]);
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const uint32_t states[4] = {to_tf32(entering[j][0]), to_tf32(entering[j][2]), to_tf32(entering[j][1]),
                                         to_tf32(entering[j][3])};
-            const uint4 output = shared.output[warp][j][lane];
+            const uint4 output = shared.output[warp][j][block][lane];
             mma_tf32(y[0], states, output.x, output.y);
             mma_tf32(y[1], states, output.z, output.w);
         }
@@ -144,16 +142,6 @@ DEVICE void filter_tile(uint32_t* x, int warp, const uint4 (&input)[4], const Sh
             const uint32_t mask = WHOLE ? ALL : within(2 * word, 2 * word + 1, begin, end);
             to = WHOLE ? pair : (to & ~mask) | (pair & mask);
         }
-        if (block == 0)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const float2 q16 = shared.decays[warp][0][4 * j + t];
-                const float2 even = times_plus(q16, make_float2(entering[j][0], entering[j][1]),
-                                               make_float2(first[j][0], first[j][1]));
-                const float2 odd = times_plus(q16, make_float2(entering[j][2], entering[j][3]),
-                                              make_float2(first[j][2], first[j][3]));
-                entering[j][0] = even.x, entering[j][1] = even.y, entering[j][2] = odd.x, entering[j][3] = odd.y;
-            }
     }
     __syncwarp();
 }
@@ -187,17 +175,22 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int64_t states = (int64_t(blockIdx.y) * width + (active ? channel_index : 0)) * modes;
 
     const Mover mover(length, width, REVERSE);
-    Pair pair = mover.load(x, 0);
+    mover.fetch(x, 0, shared.staged);
+    copy_async_commit();
     bool drops = drops_state(bos, length, 0, REVERSE);
 
-    uint4 input[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) input[j] = input_factor<REVERSE>(channel, j);
+    uint4 input[2][4];
     const float tap = make_tap(channel);
 #pragma unroll
-    for (int part = 0; part < 2; ++part) shared.taps[warp][part][lane] = tap_factor(tap, part);
+    for (int block = 0; block < 2; ++block) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) shared.output[warp][j][lane] = output_factor<REVERSE>(channel, j);
+        for (int j = 0; j < 4; ++j) {
+            input[block][j] = input_factor<REVERSE>(channel, j, block);
+            shared.output[warp][j][block][lane] = output_factor<REVERSE>(channel, j, block);
+        }
+#pragma unroll
+        for (int part = 0; part < 2; ++part) shared.taps[warp][block][part][lane] = tap_factor(tap, block, part);
+    }
     make_decays(shared.decays[warp], channel.decay(lane));
 
     float2 state[4];
@@ -210,12 +203,14 @@ __global__ void __launch_bounds__(THREADS, 1)
 
     const int tiles = (length + TILE - 1) / TILE;
     for (int tile = 0; tile < tiles; ++tile) {
-        mover.put(shared.x, pair);
+        copy_async_wait<0>();
+        mover.put(shared.x, mover.fetched(shared.staged));
         const uint32_t flags = __ballot_sync(ALL, drops);
         if (lane == 0) shared.flags[warp] = flags;
         __syncthreads();
         if (tile + 1 < tiles) {
-            pair = mover.load(x, tile + 1);
+            mover.fetch(x, tile + 1, shared.staged);
+            copy_async_commit();
             drops = drops_state(bos, length, tile + 1, REVERSE);
         }
         if (active) {

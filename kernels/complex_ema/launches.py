@@ -30,14 +30,14 @@ MODULES = (*SCAN.values(), FILTER, CORRELATE)
 # As in tiles.cuh.
 _CHANNELS, _TILE_THREADS, _TILE_MODES = 16, 512, 16
 _TILED_LENGTH = 128  # below, a tile of 512 steps is mostly padding
-_FILTER_SHARED = 4 * _CHANNELS * 256 + 16 * _CHANNELS * 6 * 32 + 8 * _CHANNELS * 5 * _TILE_MODES + 64
+_FILTER_SHARED = 2 * 4 * _CHANNELS * 256 + 16 * _CHANNELS * 12 * 32 + 8 * _CHANNELS * 4 * _TILE_MODES + 64
 _FILTER = {
     reverse: FILTER.kernel(
         f"filter<{'true' if reverse else 'false'}>", args="PPPPPPPPiii", block=_TILE_THREADS, smem=_FILTER_SHARED
     )
     for reverse in (False, True)
 }
-_CORRELATE_SHARED = 8 * _CHANNELS * 256 + 16 * _CHANNELS * 8 * 32 + 8 * _CHANNELS * 10 * _TILE_MODES + 64
+_CORRELATE_SHARED = 4 * 4 * _CHANNELS * 256 + 16 * _CHANNELS * 16 * 32 + 8 * _CHANNELS * 8 * _TILE_MODES + 64
 _CORRELATE = CORRELATE.kernel("correlate", args="PPPPPPiii", block=_TILE_THREADS, smem=_CORRELATE_SHARED)
 
 

@@ -47,22 +47,23 @@ struct Mover {
     }
     DEVICE int64_t offset(int step) const { return start + int64_t(reverse ? length - 1 - step : step) * width; }
 
-    DEVICE Pair load(const bf16* from, int tile) const {
+    // Starts to copy the thread's part of a tile to its own 32 bytes of shared memory; zeros stand beyond the sequence.
+    DEVICE void fetch(const bf16* from, int tile, uint4* staged) const {
         const int step = tile * TILE + 2 * word;
-        Pair pair = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
-        if (inside && step < length) pair.even = *reinterpret_cast<const uint4*>(from + offset(step));
-        if (inside && step + 1 < length) pair.odd = *reinterpret_cast<const uint4*>(from + offset(step + 1));
-        return pair;
+        const bool first = inside && step < length, second = inside && step + 1 < length;
+        copy_async_16(shared_address(staged + threadIdx.x), from + (first ? offset(step) : 0), first);
+        copy_async_16(shared_address(staged + THREADS + threadIdx.x), from + (second ? offset(step + 1) : 0), second);
     }
+    DEVICE Pair fetched(const uint4* staged) const { return {staged[threadIdx.x], staged[THREADS + threadIdx.x]}; }
     DEVICE void store(bf16* to, int tile, const Pair& pair) const {
         const int step = tile * TILE + 2 * word;
         if (inside && step < length) *reinterpret_cast<uint4*>(to + offset(step)) = pair.even;
         if (inside && step + 1 < length) *reinterpret_cast<uint4*>(to + offset(step + 1)) = pair.odd;
     }
     DEVICE void put(uint32_t* shared, Pair pair) const { put(shared, pair, word); }
-    // With time running backward inside every block of 16 steps.
+    // With time running backward inside every chunk.
     DEVICE void put_reversed(uint32_t* shared, const Pair& pair) const {
-        put(shared, Pair{pair.odd, pair.even}, word ^ (BLOCK / 2 - 1));
+        put(shared, Pair{pair.odd, pair.even}, word ^ (CHUNK / 2 - 1));
     }
     DEVICE void put(uint32_t* shared, Pair pair, int word) const {
         swap_halves(pair.even.x, pair.odd.x), swap_halves(pair.even.y, pair.odd.y);
@@ -120,13 +121,13 @@ DEVICE void product(float (&c)[4], const uint32_t (&a)[4], uint4 b) {
     mma_bf16(c, a, b.z, b.w);
 }
 
-// Over how many steps a state is carried at once: 16, 32, 64, 128 and 256. These powers are made in double precision,
+// Over how many steps a state is carried at once: 32, 64, 128 and 256. These powers are made in double precision,
 // because their errors add up over the whole memory of a slow mode.
-constexpr int LEVELS = 5;
+constexpr int LEVELS = 4, FIRST_LEVEL = -5;  // level l: over CHUNK << l steps
 DEVICE void make_decays(float2 (&decays)[LEVELS][MODES], float2 q) {
     const int lane = threadIdx.x % 32;
     double re = q.x, im = q.y;
-    for (int level = -4; level < LEVELS; ++level) {
+    for (int level = FIRST_LEVEL; level < LEVELS; ++level) {
         if (level >= 0 && lane < MODES) decays[level][lane] = make_float2(float(re), float(im));
         const double next = re * re - im * im;
         im = 2 * re * im, re = next;
