@@ -66,6 +66,7 @@ class LogConfig:
 
     every_n_steps: int = option(10, "steps between two points of the training curves")
     validate_every_n_steps: int = option(100, "steps between two validations")
+    probes: bool = option(True, "at each validation also record what the components carry: half-lives, entropies, ...")
     sample_prompt: str = option("", "text that the printed sample continues; empty: from the start of a document")
     sample_tokens: int = option(256, "length of the sample; 0: none")
     sample_temperature: float = option(0.8, "softmax temperature of the sample; 0: greedy")

@@ -82,13 +82,15 @@ class LitLanguageModel(L.LightningModule):
         self.last_loss = loss.detach()
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Nats of every target (B, L), for whoever records more than their mean."""
         losses, _ = self.losses(batch)
         self.val_metrics.update(losses, batch["bytes"])
+        return losses
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.val_metrics.compute().items():
-            self.log(f"val/{name}", value, prog_bar=name != "perplexity", rank_zero_only=False)
+            self.log(f"val/{name}", value, prog_bar=name != "perplexity", logger=False, rank_zero_only=False)
         self.val_metrics.reset()
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:

@@ -6,7 +6,6 @@ Nothing is built before every name, field and size is known to be good, and befo
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 import warnings
@@ -69,11 +68,13 @@ def train(config: Any, run_dir: str | Path, config_yaml: str = "") -> dict[str, 
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from . import checkpoint as checkpoints
-    from .callbacks import Interrupt, Recorder, Saver
+    from .callbacks import Interrupt, Saver
     from .data.module import LabData
     from .kernels import backend
     from .lit import LitLanguageModel
     from .run import RunFolder, environment
+    from .telemetry import Recorder
+    from .telemetry.layout import write_hyperparameters
 
     _quiet()
     folder, first = RunFolder(run_dir), _is_first_process()
@@ -102,11 +103,12 @@ def train(config: Any, run_dir: str | Path, config_yaml: str = "") -> dict[str, 
         _introduce(config, module, facts, folder)
 
     saver = Saver(folder.checkpoints, config.checkpoint)
-    recorder = Recorder(folder.path / "metrics.jsonl", config.log.every_n_steps)
+    recorder = Recorder(folder.path, config.log)
     interrupt = Interrupt(saver)
     logger = TensorBoardLogger(save_dir=str(folder.path), name="", version="tensorboard", default_hp_metric=False)
     trainer = make_trainer(config, folder, [recorder, saver, interrupt], logger)
-    logger.log_hyperparams(_flat(OmegaConf.to_container(OmegaConf.structured(config))), {"val/loss": math.nan, "val/bits_per_byte": math.nan})
+    if first:
+        write_hyperparameters(logger.experiment, _flat(OmegaConf.to_container(OmegaConf.structured(config))))
     trainer.fit(module, datamodule=data, ckpt_path=str(start) if start else None)
     if interrupt.received is not None:
         if first:
@@ -117,7 +119,6 @@ def train(config: Any, run_dir: str | Path, config_yaml: str = "") -> dict[str, 
     trainer.validate(module, datamodule=data, verbose=False)
     results = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
     if trainer.is_global_zero:
-        logger.log_metrics(results, step=trainer.global_step)
         logger.save()
         _conclude(config, module, data, results, folder, logger)
     return results

@@ -56,6 +56,10 @@ class Attention(nn.Module):
         """How many chunks back, the query's own included, every query sees without a gap; None: all of them."""
         raise NotImplementedError
 
+    def first_visible(self, position: Tensor) -> Tensor:
+        """The absolute position of the first key that the query at each ``position`` sees, documents aside."""
+        raise NotImplementedError
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, state: Any) -> tuple[Tensor, Any]:
         """q, k (B, L, H, S) already rotated and scaled, v (B, L, H, E) -> y (B, L, H, E) and the state."""
         raise NotImplementedError
@@ -88,3 +92,15 @@ class Attention(nn.Module):
         if empty is not None:
             y = y.masked_fill(empty, 0.0)
         return y.transpose(1, 2)
+
+    def probe(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, state: Any) -> dict[str, Tensor]:
+        """entropy (H, Q): nats of the weights of the last Q <= 64 queries of the first row, for rotated q and k."""
+        length = q.shape[1]
+        time = torch.arange(length, device=q.device)
+        queries = time[-64:]
+        visible = (time <= queries[:, None]) & (time >= self.first_visible(queries)[:, None])
+        if documents is not None:
+            visible = visible & (documents.segments[0, queries, None] == documents.segments[0])
+        scores = torch.einsum("qhs,khs->hqk", q[0, queries].float(), k[0].float())
+        logs = scores.masked_fill(~visible, float("-inf")).log_softmax(-1)
+        return {"entropy": -(logs.exp() * logs.masked_fill(~visible, 0.0)).sum(-1)}

@@ -28,6 +28,9 @@ class ChunkAttention(Attention):
     def covered_chunks(self, chunk: int) -> int:
         return 1
 
+    def first_visible(self, position: Tensor) -> Tensor:
+        return position // self.chunk * self.chunk
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, state: KeyValues | None,
                ) -> tuple[Tensor, KeyValues]:
         length, size = q.shape[1], self.chunk

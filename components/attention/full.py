@@ -30,6 +30,9 @@ class FullAttention(Attention):
     def covered_chunks(self, chunk: int) -> None:
         return None
 
+    def first_visible(self, position: Tensor) -> Tensor:
+        return torch.zeros_like(position)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, state: KeyValues | None,
                ) -> tuple[Tensor, KeyValues]:
         held = extend(state, k, v, documents)

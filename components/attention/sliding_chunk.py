@@ -27,6 +27,9 @@ class SlidingChunkAttention(Attention):
     def covered_chunks(self, chunk: int) -> int:
         return 2
 
+    def first_visible(self, position: Tensor) -> Tensor:
+        return (position // self.chunk - 1).clamp(min=0) * self.chunk
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, state: Any) -> tuple[Tensor, Any]:
         return ops.sliding_chunk_attention(
             q, k, v, chunk=self.chunk, segments=None if documents is None else documents.segments, state=state,

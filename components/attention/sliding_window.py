@@ -33,6 +33,9 @@ class SlidingWindowAttention(Attention):
     def covered_chunks(self, chunk: int) -> int:
         return self.window // chunk  # 0: not even its own chunk whole
 
+    def first_visible(self, position: Tensor) -> Tensor:
+        return (position - self.window + 1).clamp(min=0)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, state: KeyValues | None,
                ) -> tuple[Tensor, KeyValues]:
         """Queries in blocks of W, each against the keys of its own block and the one before: 2 L W scores, not L^2."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,12 @@ from torch import Tensor, nn
 from ...kernels import ops
 from ..documents import Documents
 from ..registry import EMA, Shape, option
+
+
+def half_life(q: Tensor) -> Tensor:
+    """Tokens after which |q|^n is 1/2; a |q| that rounds to 1 counts as the largest number below it."""
+    below = 1.0 - torch.finfo(q.abs().dtype).eps / 2
+    return -math.log(2) / q.abs().clamp(max=below).log()
 
 
 @EMA.register("complex")
@@ -51,6 +58,11 @@ class ComplexEMA(nn.Module):
         harmonic = torch.arange(1, p.shape[1] + 1, device=p.device, dtype=dtype) * (2 * math.pi / p.shape[1])
         q = torch.polar(1.0 - p * self.delta.to(dtype).sigmoid(), self.theta.to(dtype).sigmoid()[:, None] * harmonic)
         return p, q, torch.view_as_complex(self.gamma.to(dtype).contiguous()) * self.scale
+
+    def probe(self, x: Tensor, documents: Documents | None, state: Any) -> dict[str, Tensor]:
+        """half_life (D, N) in tokens and frequency (D, N) in turns a token, 0 to 1/2, of every mode."""
+        _, q, _ = self.coefficients()
+        return {"half_life": half_life(q), "frequency": q.angle().abs() / (2 * math.pi)}
 
     def forward(self, x: Tensor, documents: Documents | None = None, state: Tensor | None = None,
                 ) -> tuple[Tensor, Tensor]:

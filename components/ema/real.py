@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ...kernels import ops
 from ..documents import Documents
 from ..registry import EMA, Shape, option
+from .complex import half_life
 
 
 @EMA.register("real")
@@ -52,6 +54,10 @@ class RealEMA(nn.Module):
         if self.beta is None:
             return alpha, q, gamma
         return delta * self.beta.to(dtype), q, gamma / math.sqrt(gamma.shape[1])
+
+    def probe(self, x: Tensor, documents: Documents | None, state: Any) -> dict[str, Tensor]:
+        """half_life (D, N) in tokens, of every mode."""
+        return {"half_life": half_life(self.coefficients()[1])}
 
     def forward(self, x: Tensor, documents: Documents | None = None, state: Tensor | None = None,
                 ) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,11 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Optional
 
+import torch
 from torch import Tensor, nn
 
 from ...kernels import ops
+from ...kernels.types import MemoryState
 from ..documents import Documents
 from ..registry import MEMORY, Shape, option
 
@@ -44,6 +46,33 @@ class AdaptiveWorkingMemory(nn.Module):
             if not config.allow_gap:
                 raise ValueError(f"{message}; widen the attention, lower the lag or set model.memory.allow_gap=true")
             warnings.warn(message, stacklevel=2)
+
+    def probe(self, aq: Tensor, ak: Tensor, v: Tensor, documents: Documents | None, state: MemoryState,
+              ) -> dict[str, Tensor]:
+        """table_norm (B, H): Frobenius; write_share (., H, S): rho of each whole chunk that joins a table which is not
+        empty; read_entropy (B, L, H): nats of softmax(aq)."""
+        logs = aq.float().log_softmax(-1)
+        return {
+            "table_norm": state.table.flatten(2).norm(dim=-1),
+            "write_share": self._write_shares(ak, documents),
+            "read_entropy": -(logs.exp() * logs).sum(-1),
+        }
+
+    def _write_shares(self, ak: Tensor, documents: Documents | None) -> Tensor:
+        """rho = exp(lam - logaddexp(lam, ell)) of the chunks of this call (spec 5.2), as if it began the stream."""
+        grid = ak.shape[1] // self.chunk, self.chunk
+        whole = grid[0] * grid[1]
+        keys = ak[:, :whole].float().unflatten(1, grid)
+        segments = torch.zeros_like(ak[..., 0, 0], dtype=torch.int64) if documents is None else documents.segments
+        segments = segments[:, :whole].unflatten(1, grid)
+        ends = segments[..., -1]
+        lam = keys.masked_fill((segments != ends[..., None])[..., None, None], float("-inf")).logsumexp(2)
+        shares, total = [keys.new_zeros(0, *ak.shape[2:])], lam[:, :1].squeeze(1)
+        for c in range(1, lam.shape[1]):
+            joins = ends[:, c] == ends[:, c - 1]
+            total = torch.logaddexp(lam[:, c], total.masked_fill(~joins[:, None, None], float("-inf")))
+            shares.append((lam[:, c] - total).exp()[joins])
+        return torch.cat(shares)
 
     def forward(self, aq: Tensor, ak: Tensor, v: Tensor, documents: Documents | None = None, state: Any = None,
                 ) -> tuple[Tensor, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import ops
+from ...kernels.types import NormState
 from ..documents import Documents
 from ..registry import NORM, Shape, option
 
@@ -35,6 +36,10 @@ class TimestepNorm(nn.Module):
         self.groups, self.eps = check_groups(shape), shape.norm_eps
         self.weight = nn.Parameter(torch.zeros(shape.dim))
         self.bias = nn.Parameter(torch.zeros(shape.dim))
+
+    def probe(self, x: Tensor, documents: Documents | None, state: NormState) -> dict[str, Tensor]:
+        """mean, std (B, G): the carried moments."""
+        return {"mean": state.mean, "std": state.var.sqrt()}
 
     def forward(self, x: Tensor, documents: Documents | None = None, state: Any = None) -> tuple[Tensor, Any]:
         bos = None if documents is None else documents.bos

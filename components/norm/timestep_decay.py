@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import ops
+from ...kernels.types import NormState
 from ..documents import Documents
 from ..registry import NORM, Shape, option
 from .timestep import check_groups
@@ -33,6 +34,12 @@ class TimestepDecayNorm(nn.Module):
         self.beta1, self.beta2 = config.beta1, config.beta2
         self.weight = nn.Parameter(torch.zeros(shape.dim))
         self.bias = nn.Parameter(torch.zeros(shape.dim))
+
+    def probe(self, x: Tensor, documents: Documents | None, state: NormState) -> dict[str, Tensor]:
+        """mean, std (B, G): the carried averages, bias corrected."""
+        count = state.count.double()[:, None]
+        mean, var = (s / (1 - beta**count) for s, beta in ((state.mean, self.beta1), (state.var, self.beta2)))
+        return {"mean": mean, "std": var.sqrt()}
 
     def forward(self, x: Tensor, documents: Documents | None = None, state: Any = None) -> tuple[Tensor, Any]:
         return ops.timestep_decay_norm(
