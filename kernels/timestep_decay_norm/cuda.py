@@ -10,8 +10,6 @@ from ..types import NormState
 from . import ops
 from .launch import plan
 
-SPILL_BUDGET = 128  # on Blackwell; none before
-
 
 def timestep_decay_norm(
     x: Tensor,

@@ -10,8 +10,6 @@ from ..timestep_decay_norm import ops
 from ..timestep_decay_norm.launch import plan
 from ..types import NormState
 
-SPILL_BUDGET = 128  # on Blackwell; none before
-
 
 def timestep_norm(
     x: Tensor,
