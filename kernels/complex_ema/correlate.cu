@@ -167,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     mover.fetch(x, 0, shared.staged_x);
     mover.fetch(dy, 0, shared.staged_dy);
     copy_async_commit();
-    bool drops = drops_state(bos, length, 0, false);
+    uint32_t drops = drops_state(bos, length, 0, false);
     for (int j = 0; j < 4; ++j) make_factors(shared.factor[warp][j], decay(4 * j + g / 2));
     make_decays(shared.decays[warp][0], decay(lane));
     make_slopes(shared.decays[warp][1], decay(lane));
@@ -182,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         copy_async_wait<0>();
         mover.put(shared.x, mover.fetched(shared.staged_x));
         mover.put_reversed(shared.dy, mover.fetched(shared.staged_dy));
-        const uint32_t flags = __ballot_sync(ALL, drops);
+        const uint32_t flags = __ballot_sync(ALL, drops != 0);
         if (lane == 0) shared.flags[warp] = flags;
         __syncthreads();
         if (tile + 1 < tiles) {

@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     const Mover mover(length, width, REVERSE);
     mover.fetch(x, 0, shared.staged);
     copy_async_commit();
-    bool drops = drops_state(bos, length, 0, REVERSE);
+    uint32_t drops = drops_state(bos, length, 0, REVERSE);
 
     uint4 input[2][4];
     const float tap = make_tap(channel);
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     for (int tile = 0; tile < tiles; ++tile) {
         copy_async_wait<0>();
         mover.put(shared.x, mover.fetched(shared.staged));
-        const uint32_t flags = __ballot_sync(ALL, drops);
+        const uint32_t flags = __ballot_sync(ALL, drops != 0);
         if (lane == 0) shared.flags[warp] = flags;
         __syncthreads();
         if (tile + 1 < tiles) {

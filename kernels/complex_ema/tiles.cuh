@@ -82,13 +82,12 @@ struct Mover {
     }
 };
 
-// Whether the state is dropped before this thread's step of a tile. Backward in time that is after step t of the
-// sequence when t is a BOS.
-DEVICE bool drops_state(const uint8_t* bos, int length, int tile, bool reverse) {
+// Not 0 when the state is dropped before this thread's step of a tile. Backward in time that is after step t of the
+// sequence when t is a BOS. The byte itself, so that nothing waits for it before it is used.
+DEVICE uint32_t drops_state(const uint8_t* bos, int length, int tile, bool reverse) {
     const int step = tile * TILE + threadIdx.x;
-    if (!bos || step >= length) return false;
-    if (reverse) return step > 0 && bos[int64_t(blockIdx.y) * length + length - step];
-    return bos[int64_t(blockIdx.y) * length + step];
+    const bool read = bos && step < length && !(reverse && step == 0);
+    return read ? bos[int64_t(blockIdx.y) * length + (reverse ? length - step : step)] : 0u;
 }
 
 // The first flagged step of the tile at or after `from`, or TILE. `flags`: a bit a step.
