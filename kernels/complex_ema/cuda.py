@@ -10,7 +10,7 @@ from . import launches, steps
 from .gradients import parameter_gradients
 
 KERNELS = launches.MODULES
-SPILL_BUDGET = 512  # bytes: the tensor-core kernels fill the 128 registers of a 512-thread block
+SPILL_BUDGET = 256  # bytes: the tensor-core kernels fill the 128 registers of a 512-thread block
 MAX_MODES = max(launches.LANES)
 MAX_BATCH = 65535  # of a grid's second dimension
 _DTYPES = (torch.bfloat16, torch.float32)
