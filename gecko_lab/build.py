@@ -41,7 +41,7 @@ def options(group: str) -> list[str]:
 
 def groups() -> list[str]:
     """Every group of the configuration that ``train`` composes."""
-    return ["model", *(f"model/{kind}" for kind in KINDS), "data", "ablation"]
+    return ["model", *(f"model/{kind}" for kind in KINDS), "data", "ablation", "experiment"]
 
 
 @contextmanager
@@ -110,8 +110,8 @@ def _explain(overrides: list[str], error: Exception) -> str:
             for name in chosen:
                 if isinstance(name, str) and name not in options(key):
                     return f"unknown {key.removeprefix('model/')} {name!r}. {nearest(name, options(key))}"
-            if key == "ablation" and not override.is_add():
-                return f"write +ablation={value} (with a plus): no ablation is chosen by default"
+            if key in ("ablation", "experiment") and not override.is_add():
+                return f"write +{key}={value} (with a plus): none is chosen by default"
         elif (message := _unknown_field(key)) is not None and not override.is_add():
             return message
     cause = error.__cause__ or error

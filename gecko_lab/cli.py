@@ -36,7 +36,7 @@ def print_help(module: str, text: str, root: Any, options: dict[str, list[str]])
     console.print(f"[bold]python -m {module}[/] \\[GROUP=OPTION] \\[FIELD=VALUE] \\[+ablation=NAME] ...\n\n{text}\n")
     groups = Table("group", "options", title="Choose a group", title_justify="left", box=None, pad_edge=False)
     for group, names in options.items():
-        groups.add_row(("+" if group == "ablation" else "") + group, ", ".join(names))
+        groups.add_row(("+" if group in ("ablation", "experiment") else "") + group, ", ".join(names))
     console.print(groups, "")
     table = Table("field", "default", "meaning", title="Set a field", title_justify="left", box=None, pad_edge=False)
     for name, default, meaning in fields(root):

@@ -21,7 +21,7 @@ from .model import ModelConfig
 class OptimConfig:
     """AdamW with warm-up and cosine decay."""
 
-    lr: float = option(2e-3, "peak learning rate")
+    lr: float = option(3e-3, "peak learning rate")
     warmup_steps: int = option(30, "optimiser steps of linear warm-up")
     min_lr_ratio: float = option(0.1, "learning rate at the last step, as a share of the peak")
     beta1: float = option(0.9, "AdamW's decay of the gradient's mean")
@@ -36,7 +36,7 @@ class OptimConfig:
 class TrainerConfig:
     """How long, where and in which precision."""
 
-    max_steps: int = option(400, "optimiser steps")
+    max_steps: int = option(300, "optimiser steps")
     batch_size: int = option(4, "rows of a batch, on each device")
     accumulate: int = option(1, "batches whose gradients make one step")
     accelerator: str = option("auto", "auto, cpu or gpu")
@@ -46,7 +46,7 @@ class TrainerConfig:
     precision: str = option("auto", "auto (bf16-mixed on a GPU, else 32-true), 32-true, bf16-mixed or bf16-true")
     compile: bool = option(False, "torch.compile every block")
     piece_len: int = option(0, "tokens of a row in memory at once, state and gradient carried between; 0: whole rows")
-    deterministic: bool = option(True, "refuse operations whose result varies from run to run")
+    deterministic: bool = option(False, "only operations that repeat bit for bit where torch has them, else a warning")
     loss_chunk: int = option(4096, "positions whose logits exist at once; 0: all")
     progress: bool = option(True, "progress bar")
 

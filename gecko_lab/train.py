@@ -118,14 +118,21 @@ def train(config: Any, run_dir: str | Path, config_yaml: str = "") -> dict[str, 
 
     trainer.validate(module, datamodule=data, verbose=False)
     results = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+    model = whole_model(module.model)  # every process takes part in gathering it
     if trainer.is_global_zero:
         logger.save()
-        _conclude(config, module, data, results, folder, logger)
+        _conclude(config, model, data, results, folder, logger)
     return results
 
 
 def _is_first_process() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")) == "0"
+    """Whether this process has rank 0, before there is a trainer: as torchrun, Lightning's launcher or srun tell it."""
+    env = os.environ
+    if "RANK" in env:
+        return env["RANK"] == "0"
+    if "LOCAL_RANK" in env or "NODE_RANK" in env:
+        return env.get("LOCAL_RANK", "0") == "0" and env.get("NODE_RANK", "0") == "0"
+    return env.get("SLURM_PROCID", "0") == "0"
 
 
 def _quiet() -> None:
@@ -155,16 +162,14 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def _introduce(config: Any, module: Any, facts: dict[str, Any], folder: Any) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     model = config.model
     parts = " + ".join(getattr(model, kind).name for kind in ("norm", "ema", "attention", "memory", "feedforward"))
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("model", f"{model.family}: {facts['parameters']:,} parameters, {model.num_layers} layers of {parts}")
-    table.add_row("data", data_line(facts))
-    table.add_row("baseline", f"unigram entropy of the validation bytes: {facts['val_unigram_bits_per_byte']:.3f} bits per byte")
-    table.add_row("run", str(folder.path))
-    Console(soft_wrap=True).print(table)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"model     {model.family}: {facts['parameters']:,} parameters, {model.num_layers} layers of {parts}")
+    console.print(f"data      {data_line(facts)}")
+    console.print(f"baseline  {facts['val_unigram_bits_per_byte']:.3f} bits per byte: the unigram entropy of the validation text")
+    console.print(f"run       {folder.path}")
 
 
 def data_line(facts: dict[str, Any]) -> str:
@@ -175,7 +180,7 @@ def data_line(facts: dict[str, Any]) -> str:
     )
 
 
-def _conclude(config: Any, module: Any, data: Any, results: dict[str, float], folder: Any, logger: Any) -> None:
+def _conclude(config: Any, model: Any, data: Any, results: dict[str, float], folder: Any, logger: Any) -> None:
     from rich.console import Console
     from rich.rule import Rule
 
@@ -186,10 +191,11 @@ def _conclude(config: Any, module: Any, data: Any, results: dict[str, float], fo
     if config.log.sample_tokens:
         tokenizer = data.tokenizer
         prompt = [tokenizer.bos_id, *tokenizer.encode(config.log.sample_prompt).tolist()]
-        generator = torch.Generator(device=module.device).manual_seed(config.seed)
+        device = model.embed.weight.device
+        generator = torch.Generator(device=device).manual_seed(config.seed)
         stream = generate(
-            module.model,
-            torch.tensor([prompt], device=module.device),
+            model,
+            torch.tensor([prompt], device=device),
             config.log.sample_tokens,
             bos_id=tokenizer.bos_id,
             temperature=config.log.sample_temperature,
@@ -203,7 +209,7 @@ def _conclude(config: Any, module: Any, data: Any, results: dict[str, float], fo
     ours = results["val/bits_per_byte"]
     console.print(
         f"validation: {ours:.3f} bits per byte (loss {results['val/loss']:.3f} nats, perplexity {results['val/perplexity']:.2f}), "
-        f"{1 - ours / baseline:.0%} below the unigram model's {baseline:.3f}",
+        f"{abs(1 - ours / baseline):.0%} {'below' if ours < baseline else 'above'} the unigram model's {baseline:.3f}",
         highlight=False,
     )
     console.print(f"run folder: {folder.path}", highlight=False)
