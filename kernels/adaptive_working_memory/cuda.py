@@ -8,10 +8,10 @@ from torch.autograd.function import once_differentiable
 
 from ..sliding_chunk_attention.documents import document_starts
 from ..types import MemoryState
+from . import chain, rows
 from . import fused as fused  # registers the operators
-from . import rows
 
-KERNELS = rows.MODULES
+KERNELS = (*rows.MODULES, *chain.MODULES)
 SMALL_HEAD = 8192  # table entries of a head up to which products are float32, as tensor cores would gain nothing
 _DTYPES = (torch.bfloat16, torch.float32)
 
@@ -78,7 +78,9 @@ def adaptive_working_memory(
         live = (owners[:, steps.clamp(min=0)] == ids).contiguous()
     y, table, logz, _, _ = _Table.apply(
         aq,
-        *(x[:, :, :folds] for x in (lam, mix, target)),
+        lam,
+        mix,
+        target,
         keep,
         None if state is None else state.table.float(),
         None if state is None else state.logz.float(),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..products import product
 from ..sliding_chunk_attention.plan import window
-from . import rows
+from . import chain, rows
 
 _library = torch.library.Library("gecko_lab", "FRAGMENT")
 _library.define("memory_sums(Tensor ak, Tensor v, Tensor? first, int chunks) -> (Tensor, Tensor, Tensor)")
@@ -98,14 +98,6 @@ def _reads(length: int, chunk: int, offset: int, skip: int) -> Iterator[tuple[in
         yield row, length - row, 1, index
 
 
-def _transition(mix: Tensor, rho: Tensor, keep: Tensor) -> Tensor:
-    """A = keep (diag(1 - rho) - rho mix), (B, H, F, S, S)."""
-    kept = keep[:, None, :, None]
-    a = mix * (-rho * kept)[..., None]
-    a.diagonal(dim1=-2, dim2=-1).add_((1 - rho) * kept)
-    return a
-
-
 def _table(
     aq: Tensor,
     lam: Tensor,
@@ -119,19 +111,19 @@ def _table(
     offset: int,
     skip: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, the last table and normaliser, and rho and tables (B, H, F + 1, S, E) for the backward pass."""
+    """y, the last table and normaliser, and rho and tables (B, H, F + 1, S, E) for the backward pass.
+
+    The first F chunks of lam, mix and target (B, H, N, ...) are folded, F the length of keep (B, F).
+    """
     batch, length, heads, features = aq.shape
-    folds, width = target.shape[2], target.shape[4]
+    folds, width = keep.shape[1], target.shape[4]
+    lam, mix, target = (x[:, :, :folds] for x in (lam, mix, target))
     if logz is None:
         logz = torch.full((batch, heads, features), rows.NOTHING, dtype=torch.float32, device=aq.device)
     rho, last = rows.shares(lam.contiguous(), keep, logz.contiguous())
     tables = _wide((batch, heads, folds + 1, features, width), aq)
     tables[:, :, 0] = 0.0 if table is None else table
-    torch.mul(target, rho[..., None], out=tables[:, :, 1:])
-    a = _transition(mix, rho, keep)
-    flat, steps = tables.flatten(0, 1), a.flatten(0, 1)
-    for f in range(folds):
-        flat[:, f + 1].baddbmm_(steps[:, f], flat[:, f])
+    chain.forward(tables, mix, target, rho, keep, aq.dtype)
     y = torch.empty((batch, length, heads, width), dtype=aq.dtype, device=aq.device)
     y[:, : skip * chunk] = 0.0
     queries = rows.softmax_features(aq, live)
@@ -161,7 +153,11 @@ def _table_backward(
     skip: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """daq, dlam, dmix, dtarget, dtable, dlogz."""
-    length, folds = aq.shape[1], target.shape[2]
+    length, folds = aq.shape[1], keep.shape[1]
+    dlam, dmix, dtarget = _wide(mix.shape[:4], mix), torch.empty_like(mix), torch.empty_like(target)
+    for x in (dlam, dmix, dtarget):
+        x[:, :, folds:] = 0.0
+    mix, target = mix[:, :, :folds], target[:, :, :folds]
     queries = rows.softmax_features(aq, live)
     # the softmax's derivative subtracts means, which would enlarge the rounding of the tables to bfloat16
     stored = rows.split(tables) if aq.dtype == torch.bfloat16 else tables
@@ -179,19 +175,28 @@ def _table_backward(
     if dlast is not None:
         grad[:, :, -1] += dlast
     daq = rows.softmax_features_backward(aq, dqueries, live)
-    a = _transition(mix, rho, keep)
-    flat, steps = grad.flatten(0, 1), a.flatten(0, 1)
-    for f in reversed(range(folds)):
-        flat[:, f].baddbmm_(steps[:, f].transpose(-1, -2), flat[:, f + 1])
+    chain.backward(grad, mix, rho, keep, aq.dtype)
     after = grad[:, :, 1:]
-    outer = torch.empty_like(mix)
-    product(outer, after, tables[:, :, :-1].transpose(-1, -2))
-    outer *= keep[:, None, :, None, None]
-    drho = rows.row_dot(after.contiguous(), target.contiguous())
-    drho = drho - outer.diagonal(dim1=-2, dim2=-1) - rows.row_dot(outer, mix.contiguous())
-    dlam, dlogz0 = rows.shares_backward(drho, None if dlogz is None else dlogz.contiguous(), rho, keep)
-    share = rho[..., None]
-    return daq, dlam, outer * -share, after * share, grad[:, :, 0].clone(), dlogz0
+    outer = _outer(grad, tables, stored) * keep[:, None, :, None, None]
+    drho = rows.row_dot(after, target) - outer.diagonal(dim1=-2, dim2=-1) - rows.row_dot(outer, mix)
+    dlam[:, :, :folds], dlogz0 = rows.shares_backward(drho, None if dlogz is None else dlogz.contiguous(), rho, keep)
+    torch.mul(outer, -rho[..., None], out=dmix[:, :, :folds])
+    torch.mul(after, rho[..., None], out=dtarget[:, :, :folds])
+    return daq, dlam, dmix, dtarget, grad[:, :, 0].clone(), dlogz0
+
+
+def _outer(grad: Tensor, tables: Tensor, stored: Tensor) -> Tensor:
+    """grad[f + 1] tables[f]^T for each fold f, (B, H, F, S, S), in two bfloat16 a number where `stored` is."""
+    batch, heads, folds, features, _ = tables.shape
+    right = stored[:, :, :-1].transpose(-1, -2)
+    if stored is tables:
+        outer = _wide((batch, heads, folds - 1, features, features), tables)
+        product(outer, grad[:, :, 1:], right)
+        return outer
+    parts = _wide((batch, heads, folds - 1, 2 * features, 2 * features), tables)
+    product(parts, rows.split(grad)[:, :, 1:], right)
+    high, low = parts.unflatten(-1, (2, -1)).split(features, 3)
+    return high[..., 0, :] + high[..., 1, :] + low[..., 0, :]
 
 
 def _fake_sums(ak: Tensor, v: Tensor, first: Tensor | None, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,7 +233,7 @@ def _fake_table(
     skip: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, length, heads, features = aq.shape
-    folds, width = target.shape[2], target.shape[4]
+    folds, width = keep.shape[1], target.shape[4]
     new = lambda *size: aq.new_empty(size, dtype=torch.float32)
     y = aq.new_empty((batch, length, heads, width))
     table, logz = new(batch, heads, features, width), new(batch, heads, features)
@@ -253,7 +258,7 @@ def _fake_table_backward(
     batch, heads, _, features, width = tables.shape
     new = lambda size: tables.new_empty(size)
     table, logz = new((batch, heads, features, width)), new((batch, heads, features))
-    return aq.new_empty(aq.shape), new(rho.shape), new(mix.shape), new(target.shape), table, logz
+    return aq.new_empty(aq.shape), new(mix.shape[:4]), new(mix.shape), new(target.shape), table, logz
 
 
 for _name, _run, _fake in (

@@ -41,10 +41,10 @@ extern "C" __global__ void __launch_bounds__(256)
     softmax_features(const Real* __restrict__ x, Real* __restrict__ out, const uint8_t* live, int64_t xb, int64_t xt,
                      int64_t xh, int batch, int length, int heads, int features) {
     int lane = threadIdx.x % 32;
-    int64_t row = int64_t(blockIdx.x) * 8 + threadIdx.x / 32;
-    if (row >= int64_t(batch) * length * heads) return;
-    int h = row % heads;
-    int64_t at = row / heads;  // b * length + t
+    int place = blockIdx.x * 8 + threadIdx.x / 32;
+    if (place >= batch * length * heads) return;
+    int h = place % heads, at = place / heads;  // b * length + t
+    int64_t row = place;
     float q[FEATURES];
     bool use = !live || live[at];
     read(x + at / length * xb + at % length * xt + h * xh, q, features, lane);
@@ -63,10 +63,10 @@ extern "C" __global__ void __launch_bounds__(256)
                      Real* __restrict__ dx, const uint8_t* live, const int* first, int64_t xb, int64_t xt, int64_t xh,
                      int batch, int length, int heads, int features, int chunk, int parts) {
     int lane = threadIdx.x % 32;
-    int64_t row = int64_t(blockIdx.x) * 8 + threadIdx.x / 32;
-    if (row >= int64_t(batch) * length * heads) return;
-    int h = row % heads;
-    int64_t at = row / heads;
+    int place = blockIdx.x * 8 + threadIdx.x / 32;
+    if (place >= batch * length * heads) return;
+    int h = place % heads, at = place / heads;
+    int64_t row = place;
     int b = at / length, t = at % length;
     int chunks = lam ? length / chunk : 1, n = lam ? t / chunk : 0;
     bool use = (!live || live[at]) && !(first && t - n * chunk < first[b * chunks + n]);
@@ -183,13 +183,17 @@ extern "C" __global__ void shares_backward(const float* __restrict__ drho, const
     dlogz[i] = g;
 }
 
-// out (rows) = sum over columns of a * b, both (rows, columns). A warp a row.
+// out (rows) = sum over columns of a * b; a group of `inner` rows is dense, and groups lie a_step and b_step apart. A
+// warp a row.
 extern "C" __global__ void __launch_bounds__(256)
-    row_dot(const float* __restrict__ a, const float* __restrict__ b, float* __restrict__ out, int64_t rows, int columns) {
-    int64_t row = int64_t(blockIdx.x) * 8 + threadIdx.x / 32;
+    row_dot(const float* __restrict__ a, const float* __restrict__ b, float* __restrict__ out, int64_t a_step,
+            int64_t b_step, int rows, int inner, int columns) {
+    int row = blockIdx.x * 8 + threadIdx.x / 32;
     if (row >= rows) return;
+    a += row / inner * a_step + int64_t(row % inner) * columns;
+    b += row / inner * b_step + int64_t(row % inner) * columns;
     float sum = 0.f;
-    for (int i = threadIdx.x % 32; i < columns; i += 32) sum += a[row * columns + i] * b[row * columns + i];
+    for (int i = threadIdx.x % 32; i < columns; i += 32) sum += a[i] * b[i];
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) out[row] = sum;
 }

@@ -13,7 +13,7 @@ _ARGUMENTS = {
     "softmax_time": "PPPPqqqiiii",
     "shares": "PPPPPiiii",
     "shares_backward": "PPPPPPiiii",
-    "row_dot": "PPPqi",
+    "row_dot": "PPPqqiii",
     "split": "PPqq",
 }
 _MODULE = Module(__file__, "memory.cu", kernels=tuple(_ARGUMENTS))
@@ -204,12 +204,22 @@ def split(x: Tensor) -> Tensor:
 
 
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sums over the last dimension of a * b, both contiguous float32."""
+    """Sums over the last dimension of a * b (B, H, N, R, columns) float32, dense but for gaps between the heads."""
     if not a.is_cuda or a.numel() == 0:
         return (a * b).sum(-1)
     out = torch.empty(a.shape[:-1], dtype=torch.float32, device=a.device)
-    columns = a.shape[-1]
+    a, b = (x if dense_heads(x) else x.contiguous() for x in (a, b))
+    inner, columns = a.shape[2] * a.shape[3], a.shape[4]
     _kernel("row_dot", 32, torch.float32).launch(
-        a.get_device(), -(-out.numel() // 8), a.data_ptr(), b.data_ptr(), out.data_ptr(), out.numel(), columns
+        a.get_device(),
+        -(-out.numel() // 8),
+        *(a.data_ptr(), b.data_ptr(), out.data_ptr(), a.stride(1), b.stride(1), out.numel(), inner, columns),
     )
     return out
+
+
+def dense_heads(x: Tensor) -> bool:
+    """Whether (B, H) are one dimension of x (B, H, N, R, C) and the others lie dense, as in a slice over chunks."""
+    _, heads, _, rows, columns = x.shape
+    b, h, n, r, c = x.stride()
+    return (c, r, n) == (1, columns, rows * columns) and (x.shape[0] == 1 or b == heads * h)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
-from twins import compare, documents, poison, run
+from twins import compare, documents, poison, relative, run
 
+from gecko_lab.kernels.adaptive_working_memory import chain
 from gecko_lab.kernels.adaptive_working_memory.cuda import adaptive_working_memory
 from gecko_lab.kernels.adaptive_working_memory.reference import adaptive_working_memory as reference
 
@@ -29,6 +30,7 @@ def inputs(batch: int, length: int, heads: int, features: int, width: int, dtype
         ((2, 5 * 16, 2, 16, 32), 16),
         ((1, 77, 3, 5, 7), 6),
         ((3, 1, 2, 16, 32), 16),
+        ((2, 6 * 64 + 3, 2, 64, 192), 64),
         ((1, 1400, 2, 256, 2048), 256),
     ],
     ids=str,
@@ -48,6 +50,28 @@ def test_pieces_are_the_whole(cuts: list[int], packed: bool, dtype: torch.dtype)
     x = inputs(2, sum(cuts), 2, 16, 32, dtype)
     segments = documents(2, sum(cuts), [5, 63, 64, 130, 192]) if packed else None
     compare(adaptive_working_memory, reference, x, cuts, segments, chunk=64)
+
+
+@pytest.mark.parametrize("features", [32, 64, 128, 256])
+@pytest.mark.parametrize(("heads", "width"), [(2, 96), (8, 1024)])
+def test_the_chain(features: int, heads: int, width: int) -> None:
+    """The tensor-core chain agrees with float64 to tf32, forward and backward, and clears where keep is 0."""
+    torch.manual_seed(features)
+    mix = torch.randn(2, heads, 6, features, features, device="cuda").mul(2).softmax(-1)
+    rho = torch.rand(2, heads, 5, features, device="cuda")
+    keep = torch.tensor([[1.0, 1, 0, 1, 1], [1, 1, 1, 1, 0]], device="cuda")
+    tables = torch.randn(2, heads, 6, features, width, device="cuda")
+    target = torch.randn_like(tables)
+    for ahead in (True, False):
+        results = []
+        for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float32, torch.float64)):
+            out, *given = (t.to(wide) for t in (tables.clone(), mix[:, :, :5], target[:, :, :5], rho, keep))
+            if ahead:
+                chain.forward(out, *given, dtype)
+            else:
+                chain.backward(out, given[0], *given[2:], dtype)
+            results.append(out)
+        assert relative(*results) < 1e-3
 
 
 def test_long_streams_stay_exact() -> None:

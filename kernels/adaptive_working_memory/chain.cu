@@ -1,0 +1,90 @@
+// The chain over chunks, on tensor cores in tf32: out' = a out - b (matrix out) + c add for each fold, the running
+// table in float32 registers, its rounded copy in shared memory as an operand.
+//
+// Forward (BACKWARD 0): M' = keep (1 - rho) M - keep rho (mix M) + rho target, from out[0] to out[F].
+// Backward (1), matrix = mix transposed: D' = keep (1 - rho) D - keep mix^T (rho D) + out[f], from out[F] to out[0].
+//
+// A block has COLS columns of one (batch, head) and ROWS = S threads; a warp has 32 rows. Only the order of summation
+// distinguishes the index k of a fragment from memory: lane t takes k = 4 t + 2 step and the one after it.
+#include "ptx.cuh"
+
+constexpr int TILES = COLS / 8;
+constexpr int PITCH = COLS + 2;  // 4 * PITCH % 32 == 8: the four lanes t and eight lanes g meet 32 banks
+
+extern "C" __global__ void __launch_bounds__(ROWS)
+    chain(const float* __restrict__ matrix, const float* __restrict__ rho, const float* __restrict__ keep,
+          const float* add, float* out, int64_t matrix_step, int64_t add_step, int folds, int heads, int width) {
+    extern __shared__ uint32_t operand[];
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, top = threadIdx.x / 32 * 32 + g;
+    const int item = blockIdx.y, column = blockIdx.x * COLS + 2 * t;
+    const int64_t table = int64_t(ROWS) * width;
+    out += int64_t(item) * (folds + 1) * table + column;
+    add += int64_t(item) * add_step + column;
+    matrix += int64_t(item) * matrix_step + top * ROWS + 4 * t;
+    rho += int64_t(item) * folds * ROWS + top;
+    keep += item / heads * folds;
+
+    float x[4][TILES][2];  // rows top + 8 i, columns 8 j, 8 j + 1
+    const float* start = out + (BACKWARD ? folds : 0) * table;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < TILES; ++j) {
+            float2 v = *reinterpret_cast<const float2*>(start + int64_t(top + 8 * i) * width + 8 * j);
+            x[i][j][0] = v.x, x[i][j][1] = v.y;
+        }
+
+    for (int step = 0; step < folds; ++step) {
+        const int f = BACKWARD ? folds - 1 - step : step;
+        const float kept = keep[f];
+        float share[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            share[i] = rho[f * ROWS + 8 * i];
+            float scale = BACKWARD ? share[i] : 1.f;
+#pragma unroll
+            for (int j = 0; j < TILES; ++j)
+                *reinterpret_cast<uint2*>(operand + (top + 8 * i) * PITCH + 8 * j + 2 * t) =
+                    make_uint2(to_tf32(scale * x[i][j][0]), to_tf32(scale * x[i][j][1]));
+        }
+        __syncthreads();
+
+        float sum[2][TILES][4] = {};
+        const float* a = matrix + int64_t(f) * ROWS * ROWS;
+#pragma unroll 2
+        for (int k = 0; k < ROWS; k += 16) {
+            float from[4][4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) load<4>(a + 8 * i * ROWS + k, from[i]);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const uint32_t* b = operand + (k + 4 * t + 2 * half) * PITCH + g;
+                uint32_t left[2][4];
+#pragma unroll
+                for (int m = 0; m < 2; ++m)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) left[m][i] = to_tf32(from[2 * m + i % 2][2 * half + i / 2]);
+#pragma unroll
+                for (int j = 0; j < TILES; ++j)
+#pragma unroll
+                    for (int m = 0; m < 2; ++m) mma_tf32(sum[m][j], left[m], b[8 * j], b[8 * j + PITCH]);
+            }
+        }
+
+        const float* extra = BACKWARD ? out + f * table : add + f * table;
+        float* to = out + (BACKWARD ? f : f + 1) * table;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int j = 0; j < TILES; ++j) {
+                const int64_t at = int64_t(top + 8 * i) * width + 8 * j;
+                float2 v = *reinterpret_cast<const float2*>(extra + at);
+                float stay = kept * (1.f - share[i]), turn = BACKWARD ? kept : kept * share[i];
+                float come = BACKWARD ? 1.f : share[i];
+                x[i][j][0] = stay * x[i][j][0] - turn * sum[i / 2][j][i % 2 * 2] + come * v.x;
+                x[i][j][1] = stay * x[i][j][1] - turn * sum[i / 2][j][i % 2 * 2 + 1] + come * v.y;
+                *reinterpret_cast<float2*>(to + at) = make_float2(x[i][j][0], x[i][j][1]);
+            }
+        __syncthreads();
+    }
+}
