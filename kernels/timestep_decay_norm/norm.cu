@@ -102,24 +102,25 @@ extern "C" __global__ void __launch_bounds__(1024) prepare(const uint8_t* bos, i
         return;
     }
     __shared__ int latest[32];
+    constexpr uint32_t all = 0xffffffffu;
     bos += int64_t(blockIdx.x) * L, begin += int64_t(blockIdx.x) * L;
-    const int share = (L + 1023) / 1024, from = min(int(threadIdx.x) * share, L), to = min(from + share, L);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, span = (L + 1023) / 1024 * 32;
+    const int from = min(warp * span, L), to = min(from + span, L);
     int last = -1;
-    for (int t = from; t < to; ++t)
-        if (bos[t]) last = t;
-    for (int offset = 1; offset < 32; offset *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, last, offset);
-        if (lane >= offset) last = max(last, other);
+#pragma unroll 8
+    for (int t = from; t < to; t += 32) {
+        const uint32_t marks = __ballot_sync(all, t + lane < to && bos[t + lane]);
+        if (marks) last = t + 31 - __clz(marks);
     }
-    if (lane == 31) latest[warp] = last;
+    if (lane == 0) latest[warp] = last;
     __syncthreads();
-    int before = __shfl_up_sync(0xffffffffu, last, 1);
-    if (lane == 0) before = -1;
+    int before = -1;
     for (int w = 0; w < warp; ++w) before = max(before, latest[w]);
-    for (int t = from; t < to; ++t) {
-        if (bos[t]) before = t;
-        begin[t] = before;
+#pragma unroll 8
+    for (int t = from; t < to; t += 32) {
+        const uint32_t marks = __ballot_sync(all, t + lane < to && bos[t + lane]), upto = marks & (all >> (31 - lane));
+        if (t + lane < to) begin[t + lane] = upto ? t + 31 - __clz(upto) : before;
+        if (marks) before = t + 31 - __clz(marks);
     }
 }
 
