@@ -48,11 +48,17 @@ template <bool REVERSE> DEVICE uint4 output_factor(const Channel& channel, int j
     return make_uint4(to_tf32(a.x), to_tf32(-a.y), to_tf32(b.x), to_tf32(-b.y));
 }
 
-// Tap tau = Re sum_n gamma p q^tau in lane tau.
+// Tap tau = Re sum_n gamma p q^tau in lane tau. Lane n loads mode n: one wait for memory instead of one a mode.
 DEVICE float make_tap(const Channel& channel) {
+    const int lane = threadIdx.x % 32;
+    const float2 q = channel.decay(lane), gain = times(channel.input(lane, false), channel.input(lane, true));
     float tap = 0.f;
-    for (int n = 0; n < channel.modes; ++n)
-        tap += channel.input(n, false).x * times(channel.input(n, true), power(channel.decay(n), threadIdx.x % 32)).x;
+#pragma unroll
+    for (int n = 0; n < MODES; ++n) {
+        const float2 mode = make_float2(__shfl_sync(ALL, q.x, n), __shfl_sync(ALL, q.y, n));
+        const float2 scale = make_float2(__shfl_sync(ALL, gain.x, n), __shfl_sync(ALL, gain.y, n));
+        tap += times(scale, power(mode, lane)).x;
+    }
     return tap;
 }
 
