@@ -17,7 +17,8 @@ _LAZY = {
     "ModelState": "model",
     "build_config": "build",
     "build_model": "build",
-    "load": "export",
+    "load": "artifacts",
+    "load_tokenizer": "artifacts",
 }
 
 
@@ -30,4 +31,13 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module 'gecko_lab' has no attribute {name!r}")
 
 
-__all__ = ["LanguageModel", "ModelConfig", "ModelState", "__version__", "build_config", "build_model", "load"]
+__all__ = [
+    "LanguageModel",
+    "ModelConfig",
+    "ModelState",
+    "__version__",
+    "build_config",
+    "build_model",
+    "load",
+    "load_tokenizer",
+]

@@ -1,0 +1,136 @@
+"""``python -m gecko_lab.evaluate RUN``: how well a trained model predicts a text, the more so the more it read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+from rich.table import Table
+
+from .artifacts import Artifact, add_device_argument, add_model_arguments, open_artifact
+from .cli import guarded
+from .errors import LabError
+from .evaluation import evaluate
+from .run import write_atomic
+
+TEXT = """Loss, perplexity and bits per byte of a trained model, and its loss by how much of the document it has read.
+
+Without further options it repeats the run's own validation. With --stream every document is read from its beginning
+to its end with the state carried, whatever its length, in memory that does not grow."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    p = argparse.ArgumentParser(
+        prog="python -m gecko_lab.evaluate",
+        description=TEXT,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_arguments(p)
+    p.add_argument(
+        "--data", metavar="DATA", help="stdlib, a text file, folder or glob, or a token store (default: the run's)"
+    )
+    p.add_argument(
+        "--split",
+        choices=("val", "train", "all"),
+        help="part of the data (default: val, the part held out; all of a text given by --data)",
+    )
+    p.add_argument(
+        "--seq-len", type=int, metavar="N", help="tokens in a row, with --stream in a piece (default: the run's)"
+    )
+    p.add_argument(
+        "--batches", type=int, metavar="N", help="batches, spread over the split; 0: all (default: the run's)"
+    )
+    p.add_argument("--batch-size", type=int, metavar="N", help="rows side by side (default: the run's)")
+    p.add_argument("--stream", action="store_true", help="read whole documents, the state carried from piece to piece")
+    add_device_argument(p)
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 0, or 2 with a message about what to mend."""
+    options = parser().parse_args(arguments)
+    return guarded(lambda: _main(options))
+
+
+def _main(options: argparse.Namespace) -> int:
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise LabError(f"--json {options.json}: the folder {options.json.absolute().parent} does not exist")
+    artifact = open_artifact(options.model, options.checkpoint)
+    err = Console(stderr=True, soft_wrap=True, highlight=False)
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err, transient=True) as bar:
+        task = bar.add_task("reading")
+        results = evaluate(
+            artifact,
+            options.data,
+            options.split,
+            seq_len=options.seq_len,
+            batches=options.batches,
+            batch_size=options.batch_size,
+            stream=options.stream,
+            device=options.device,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    notes = artifact.notes
+    trained, now = results["trained_on_fingerprint"], results["data_fingerprint"]
+    if options.data is None and trained is not None and trained != now:
+        notes = [
+            *notes,
+            f"the data changed since the run: fingerprint {trained[:12]} then, {now[:12]} now; "
+            "these numbers do not compare with the run's own",
+        ]
+    for note in notes:
+        err.print(f"warning: {note}", markup=False)
+    _print(artifact, results)
+    if options.json is not None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in results.items()}
+        try:
+            write_atomic(options.json, json.dumps({**finite, "warnings": notes}, indent=2) + "\n")
+        except OSError as error:
+            raise LabError(f"--json {options.json}: {error.strerror}") from None
+    return 0
+
+
+def _print(artifact: Artifact, results: dict[str, Any]) -> None:
+    console = Console(soft_wrap=True)
+    how = f"{'pieces' if results['stream'] else 'rows'} of {results['seq_len']:,} tokens"
+    how += ", state carried" if results["stream"] else ""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    model = artifact.model
+    table.add_row("model", f"{model.config.family}, {model.num_parameters():,} parameters: {artifact.name}")
+    table.add_row("data", f"{results['data']}, {results['split']}: {results['documents']:,} documents; {how}")
+    table.add_row(
+        "read",
+        f"{results['tokens']:,} tokens, {results['bytes']:,} bytes of text, "
+        f"{results['tokens_per_second']:,.0f} tokens a second on {results['device']}",
+    )
+    table.add_row("loss", f"{results['loss']:.4f} nats a token, perplexity {results['perplexity']:.2f}")
+    table.add_row("", f"[bold]{results['bits_per_byte']:.4f} bits per byte[/]")
+    console.print(table, "")
+    curve = Table(
+        "tokens read before",
+        "loss",
+        "of tokens",
+        title="Loss by position in the document",
+        box=None,
+        title_justify="left",
+        pad_edge=False,
+    )
+    for column in curve.columns:
+        column.justify = "right"
+    for row in results["by_context"]:
+        span = f"{row['from']:,}" if row["from"] == row["to"] else f"{row['from']:,} - {row['to']:,}"
+        curve.add_row(span, f"{row['loss']:.4f}", f"{row['tokens']:,}")
+    console.print(curve)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""How well a trained model predicts a text: the numbers of the evaluate command, for rows or whole documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .artifacts import Artifact, device_named
+from .components import Documents
+from .components import state as states
+from .config import TrainConfig, TrainerConfig
+from .data import corpora
+from .data.batches import Batch, ValBatches
+from .data.config import DataConfig
+from .data.errors import DataError
+from .data.module import LabData
+from .data.rows import PackedRows, TokenStream
+from .data.source import TokenSource, join
+from .data.store import MANIFEST, open_store
+from .data.tokenizers import Tokenizer
+from .errors import LabError
+from .kernels import backend
+from .lit import LitLanguageModel
+from .metrics import LanguageMetrics
+
+BINS = 64
+
+
+@dataclass
+class Text:
+    """What is read: documents, their name in messages, their split, and the fingerprint of the whole data if known."""
+
+    source: TokenSource
+    name: str
+    split: str
+    fingerprint: str | None = None
+
+
+@dataclass
+class Tally:
+    """Sums over all tokens, and by the number of tokens of the document that came before (bins by powers of two)."""
+
+    metrics: LanguageMetrics = field(default_factory=LanguageMetrics)
+    nats: np.ndarray = field(default_factory=lambda: np.zeros(BINS))
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
+
+    def add(self, losses: Tensor, context: Tensor, size: Tensor | int) -> None:
+        """losses and context (...): nats of each target, tokens of its document read before it; size: source bytes."""
+        self.metrics.update(losses.cpu(), size)
+        bins = np.frexp(context.cpu().numpy().reshape(-1).astype(np.float64))[1] - 1  # floor(log2), exactly
+        self.nats += np.bincount(bins, losses.double().cpu().numpy().reshape(-1), BINS)
+        self.tokens += np.bincount(bins, minlength=BINS)
+
+    def results(self) -> dict[str, Any]:
+        """Plain values: loss (nats a token), perplexity, bits_per_byte, tokens, bytes, and the list ``by_context``."""
+        values: dict[str, Any] = {k: float(v) for k, v in self.metrics.compute().items()}
+        values |= {"tokens": int(self.metrics.tokens), "bytes": int(self.metrics.bytes)}
+        values["by_context"] = [
+            {"from": 1 << i, "to": (2 << i) - 1, "tokens": int(n), "loss": float(self.nats[i] / n)}
+            for i, n in enumerate(self.tokens)
+            if n
+        ]
+        return values
+
+
+def evaluate(
+    artifact: Artifact,
+    data: str | None = None,
+    split: str | None = None,
+    *,
+    seq_len: int | None = None,
+    batches: int | None = None,
+    batch_size: int | None = None,
+    stream: bool = False,
+    device: str = "auto",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """The numbers of the command as plain values; see its ``--help`` for the arguments.
+
+    Raises LabError for data that are missing, too short or made with another tokenizer, and for impossible numbers.
+    """
+    own = artifact.training
+    trainer = own.trainer if own else TrainerConfig()
+    for name, value, lowest in (("seq-len", seq_len, 1), ("batch-size", batch_size, 1), ("batches", batches, 0)):
+        if value is not None and value < lowest:
+            raise LabError(f"--{name} {value}: must be at least {lowest}")
+    tokenizer = artifact.tokenizer()
+    text = find_text(artifact, data, split, tokenizer)
+    length = seq_len or (own.data.seq_len if own else artifact.seq_len) or DataConfig().seq_len
+    rows = batch_size or trainer.batch_size
+    ranks = trainer.devices * trainer.num_nodes if batch_size is None else 1
+    limit = batches if batches is not None else (own.data if own and data is None else DataConfig()).val_batches
+
+    where = device_named(device)
+    backend.set_mode(own.kernels if own else "auto")
+    with torch.device("meta"):
+        module = LitLanguageModel(TrainConfig(model=artifact.model.config, trainer=trainer), bos_id=tokenizer.bos_id)
+    module.model = artifact.model.to(where)
+    if trainer.precision == "bf16-true":
+        module.model.bfloat16()
+    if stream:
+        count, work = document_batches(text.source, tokenizer, rows, limit, module, length)
+    else:
+        count, work = packed_batches(text.source, tokenizer, rows, ranks, limit, module, length)
+
+    tally, began = Tally(), perf_counter()
+    progress(0, count)
+    with torch.no_grad(), _precision(trainer.precision, where):
+        for done, parts in enumerate(work, 1):
+            for losses, context, size in parts:
+                tally.add(losses, context, size)
+            progress(done, count)
+    seconds = perf_counter() - began
+    results = tally.results()
+    return {
+        **results,
+        "tokens_per_second": results["tokens"] / seconds,
+        "seconds": seconds,
+        "checkpoint": str(artifact.file),
+        "step": artifact.step,
+        "data": text.name,
+        "split": text.split,
+        "documents": text.source.documents,
+        "text_fingerprint": text.source.fingerprint,
+        "data_fingerprint": text.fingerprint,
+        "trained_on_fingerprint": artifact.data_fingerprint,
+        "seq_len": length,
+        "batch_size": rows,
+        "batches": count,
+        "stream": stream,
+        "device": str(where),
+        "precision": trainer.precision,
+    }
+
+
+def find_text(artifact: Artifact, data: str | None, split: str | None, tokenizer: Tokenizer) -> Text:
+    """The documents that ``--data`` and ``--split`` name."""
+    if data is None or data == "stdlib":
+        if data is None and artifact.training is None:
+            raise LabError(
+                f"{artifact.file}: nothing beside it says where its data lie; give --data stdlib, a file or "
+                "folder of text, or a token store"
+            )
+        config = artifact.training.data if data is None and artifact.training else DataConfig(tokenizer=tokenizer.name)
+        name = "stdlib" if config.name == "stdlib" else f"{config.name} {config.path or config.mixture}"
+        lab = LabData(replace(config, seq_len=1), seed=0, batch_size=1)  # short rows: how they are cut comes later
+        lab.setup()
+        chosen = split or "val"
+        parts = [*(lab.sources if chosen != "val" else []), *([lab.val_source] if chosen != "train" else [])]
+        return Text(parts[0] if len(parts) == 1 else join(parts), name, chosen, lab.fingerprint)
+    if (Path(data) / MANIFEST).exists():
+        store = open_store(data)
+        if store.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise DataError(
+                f"--data {data}: prepared with the tokenizer {store.manifest['tokenizer']['name']}, the "
+                f"model was trained with {tokenizer.name}"
+            )
+        parted = store.split()
+        chosen = split or ("all" if parted.val is None else "val")
+        whole = store.everything()
+    else:
+        chosen = split or "all"
+        parted = corpora.text(data, tokenizer, DataConfig().text_field, None, hold_out=chosen != "all")
+        whole = parted.train
+    source = {"train": parted.train, "val": parted.val, "all": whole}[chosen]
+    if source is None or not source.documents:
+        raise DataError(f"--data {data} --split {chosen}: there are no documents in this part; try --split all")
+    return Text(source, data, chosen)
+
+
+Part = tuple[Tensor, Tensor, Tensor | int]  # nats of targets, tokens of their document read before, source bytes
+Work = tuple[int, Iterator[Iterable[Part]]]  # how many batches, and their parts
+
+
+def packed_batches(
+    source: TokenSource, tokenizer: Tokenizer, rows: int, ranks: int, limit: int, module: LitLanguageModel, length: int
+) -> Work:
+    """The batches of a run's validation on ``ranks`` processes: rows of packed documents, each from a fresh state."""
+    packed = PackedRows(TokenStream(source, tokenizer.bos_id, seed=0, shuffle=False), length, rows, shuffle=False)
+    try:
+        shares = [ValBatches(packed, tokenizer, rows, rank, ranks, limit) for rank in range(ranks)]
+    except DataError:
+        raise DataError(
+            f"too little text: {packed.stream.tokens:,} tokens do not fill {ranks} row(s) of {length}; give a smaller "
+            "--seq-len, other --data, or read whole documents with --stream"
+        ) from None
+
+    def losses(batch: Batch) -> Part:
+        batch = {k: v.to(module.model.embed.weight.device) for k, v in batch.items()}
+        context = Documents.from_tokens(batch["tokens"], tokenizer.bos_id).positions + 1
+        return module.losses(batch)[0], context, batch["bytes"].cpu()
+
+    count = len(shares[0])
+    return count, ([losses(share[step]) for share in shares] for step in range(count))
+
+
+def document_batches(
+    source: TokenSource, tokenizer: Tokenizer, rows: int, limit: int, module: LitLanguageModel, length: int
+) -> Work:
+    """Whole documents, ``rows`` of similar length side by side, ``length`` tokens at a time with the state carried."""
+    wanted = min(source.documents, limit * rows if limit else source.documents)
+    chosen = np.arange(wanted) * source.documents // wanted  # spread evenly
+    chosen = chosen[source.lengths[chosen] > 0]
+    chosen = chosen[np.argsort(-source.lengths[chosen], kind="stable")]
+    groups = [chosen[start : start + rows] for start in range(0, len(chosen), rows)]
+    return len(groups), (_read_documents(source, tokenizer, group, module, length) for group in groups)
+
+
+def _read_documents(
+    source: TokenSource, tokenizer: Tokenizer, group: np.ndarray, module: LitLanguageModel, length: int
+) -> Iterator[Part]:
+    device = module.model.embed.weight.device
+    starts, lengths = source.starts[group], source.lengths[group]  # longest first
+    state: Any = None
+    for begin in range(0, int(lengths[0]), length):
+        alive = int((lengths > begin).sum())
+        if state is not None:
+            state = states.rows(state, slice(0, alive))
+        width = int(min(length, lengths[0] - begin))
+        block = np.zeros((alive, width + 1), dtype=np.int64)  # what follows a document's end is read and not counted
+        for row, (start, size) in enumerate(zip(starts[:alive].tolist(), lengths[:alive].tolist())):
+            stop = min(begin + width, size)
+            block[row, 0] = tokenizer.bos_id if begin == 0 else source.tokens[start + begin - 1 : start + begin][0]
+            block[row, 1 : 1 + stop - begin] = source.tokens[start + begin : start + stop]
+        tokens = torch.from_numpy(block).to(device)
+        losses, state = module.losses({"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "bytes": 0}, state)
+        real = np.arange(width) < (lengths[:alive, None] - begin)
+        size = int(tokenizer.byte_lengths[block[:, 1:][real]].sum())
+        size -= alive * tokenizer.prefix_bytes if begin == 0 else 0
+        context = torch.arange(begin + 1, begin + width + 1).expand(alive, width)
+        mask = torch.from_numpy(real)
+        yield losses.cpu()[mask], context[mask], size
+
+
+@contextmanager
+def _precision(name: str, device: torch.device) -> Iterator[None]:
+    """What the trainer's precision does around a validation step."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if name == "bf16-true" else before)
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16-mixed"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
