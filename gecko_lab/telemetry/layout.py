@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -45,11 +45,11 @@ def layout(probe_names: list[str]) -> Layout:
 
 def write_hyperparameters(writer: SummaryWriter, values: dict[str, Any]) -> None:
     """The run's row in HPARAMS: its options, and METRICS as columns (which show the scalars of these names)."""
-    for summary in hparams(values, dict.fromkeys(METRICS, 0.0)):  # type: ignore[no-untyped-call]
-        writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+    for summary in hparams(values, dict.fromkeys(METRICS, 0.0)):
+        writer._get_file_writer().add_summary(summary)
 
 
 def write_restart(writer: SummaryWriter, step: int) -> None:
     """Tell TensorBoard to forget what an earlier process of this run wrote from ``step`` on."""
     event = Event(step=step, session_log=SessionLog(status=SessionLog.START))
-    writer._get_file_writer().add_event(event, step=step)  # type: ignore[no-untyped-call]
+    writer._get_file_writer().add_event(event, step=step)

@@ -30,7 +30,7 @@ def gather(model: LanguageModel, tokens: Tensor, bos_id: int | None) -> dict[str
     """KIND_NAME/layer_00 -> the population, float32 (.,), of every probe of a model in eval mode on tokens (B, L)."""
     found: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # type: ignore[no-untyped-call]
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         for path, module in model.named_modules():
             kind = kind_of(module)
             if kind is not None and hasattr(module, "probe"):

@@ -25,9 +25,15 @@ class MetricsFile:
         """Drop the records after ``step`` and any damaged line; returns what stays."""
         if not self.path.exists():
             return []
-        found = [record for line in self.path.read_text().splitlines() if (record := _parse(line)) and record["step"] <= step]
+        records = (_parse(line) for line in self.path.read_text().splitlines())
+        found = [record for record in records if record is not None and record["step"] <= step]
         write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in found))
         return found
+
+
+def last_validation(records: list[dict[str, Any]]) -> int:
+    """Step of the last validation in these records; -1: none."""
+    return max((record["step"] for record in records if "val/loss" in record), default=-1)
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from ..config import LogConfig
 from . import kinds, layout, peak, probes
@@ -56,10 +58,10 @@ class Recorder(L.Callback):
         if trainer.is_global_zero:
             kept = self.file.rewind(trainer.global_step)
             self.validated = max((r["step"] for r in kept if "val/loss" in r), default=-1)
-            if trainer.logger is not None:
+            for writer in _writers(trainer):
                 if trainer.global_step:
-                    layout.write_restart(trainer.logger.experiment, trainer.global_step + 1)
-                trainer.logger.experiment.add_custom_scalars(layout.layout(probe_names))
+                    layout.write_restart(writer, trainer.global_step + 1)
+                writer.add_custom_scalars(layout.layout(probe_names))
             self.peak = peak.of_run(self.folder / "environment.json", pl_module.device)
         self.clock = time.perf_counter()
 
@@ -110,10 +112,13 @@ class Recorder(L.Callback):
             self._flops[length] = TRAINING * flops_per_token(model, length)
         return self._flops[length]
 
+    def _progress(self) -> dict[str, float]:
+        return {"progress/tokens": self.tokens, "progress/flops": self.flops, "progress/seconds": self.seconds}
+
     def _record_training(self, trainer: L.Trainer, pl_module: Any, length: int) -> None:
-        sums = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=pl_module.device) for x in (self.nats, self.bytes)])
-        nats, size = trainer.strategy.reduce(sums, reduce_op="sum").tolist()  # waits for the device, so before the clock
-        self._tick()
+        sums = torch.tensor([float(self.nats), float(self.bytes)], dtype=torch.float64, device=pl_module.device)
+        nats, size = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        self._tick()  # after the numbers: they waited for the device
         tokens = self.interval_tokens * trainer.world_size
         speed = tokens / self.interval_seconds
         flops = speed * self._training_flops(pl_module.model, length)
@@ -125,9 +130,7 @@ class Recorder(L.Callback):
             "speed/flops_per_second": flops,
             "speed/mfu": flops / (self.peak * trainer.world_size),
             "memory/peak_gib": peak_memory(pl_module.device) / 2**30,
-            "progress/tokens": self.tokens,
-            "progress/flops": self.flops,
-            "progress/seconds": self.seconds,
+            **self._progress(),
         }
         if pl_module.gradient_norm is not None:
             values["train/gradient_norm"] = float(pl_module.gradient_norm)
@@ -141,26 +144,32 @@ class Recorder(L.Callback):
         curve = self.curve.compute()
         values |= {f"val_position/{int(point['position']):05}": point["loss"] for point in curve}
         values |= self.gradients | kinds.weight_norms(model)
-        values |= {"progress/tokens": self.tokens, "progress/flops": self.flops, "progress/seconds": self.seconds}
         populations: dict[str, Tensor] = {}
         if self.config.probes and self.fixed is not None:
             with trainer.precision_plugin.forward_context():
                 populations = probes.gather(model, self.fixed, pl_module.bos_id)
         spread = {name: probes.summary(p) for name, p in populations.items() if p.numel()}
         values |= {f"probe/{name}": quantiles["median"] for name, quantiles in spread.items()}
-        self._write(trainer, values, {"position_curve": curve, "probe_quantiles": spread})
-        if trainer.is_global_zero and trainer.logger is not None:
+        self._write(trainer, values, {**self._progress(), "position_curve": curve, "probe_quantiles": spread})
+        for writer in _writers(trainer):
             for name, population in populations.items():
                 finite = population[population.isfinite()]
                 if finite.numel():
-                    trainer.logger.experiment.add_histogram(f"probe_histogram/{name}", finite, trainer.global_step)
+                    writer.add_histogram(f"probe_histogram/{name}", finite, trainer.global_step)
 
     def _write(self, trainer: L.Trainer, values: dict[str, float], structured: dict[str, Any] | None = None) -> None:
         """The numbers to both; what has more structure than a number only to metrics.jsonl."""
         if trainer.is_global_zero:
             self.file.append(trainer.global_step, values | (structured or {}))
-            if trainer.logger is not None:
-                trainer.logger.log_metrics(values, step=trainer.global_step)
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step)
+
+
+def _writers(trainer: L.Trainer) -> list[SummaryWriter]:
+    """TensorBoard's, in the first process."""
+    if not trainer.is_global_zero:
+        return []
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def peak_memory(device: torch.device) -> int:
