@@ -3,7 +3,7 @@
 // Compiled with THREADS and VECS (THREADS * VECS * 4 >= 2 * chunk), BF16 (type of the weights; scores are float32) and
 // ALIGNED (chunk % 4 == 0). A row's visible keys are those from the start of its document to itself; keys are counted
 // from the rectangle's first. Weights lie in a band: one chunk further is 2 chunk^2 + chunk entries further.
-#include "ptx.cuh"
+#include "dropkey.cuh"
 
 #define INFINITY __int_as_float(0x7f800000)
 
@@ -19,12 +19,6 @@ struct Row {
     uint32_t key;                  // of the dropout's random numbers
 };
 
-DEVICE uint32_t mix(uint32_t x) {
-    x ^= x >> 16, x *= 0x21f0aaadu;
-    x ^= x >> 15, x *= 0x735a2d97u;
-    return x ^ (x >> 15);
-}
-
 DEVICE Row locate(const int* starts, const int64_t* seed, int64_t item, int ld, int rows, int row, int key, int chunk,
                   int length, int total, int heads, int first_batch, int first_head, int all_heads) {
     int n = blockIdx.x / rows, r = blockIdx.x % rows;
@@ -36,17 +30,13 @@ DEVICE Row locate(const int* starts, const int64_t* seed, int64_t item, int ld, 
     out.lse = (int64_t(b) * all_heads + h) * length + t - (total - length);
     out.low = starts ? starts[int64_t(b) * total + t] - k : 0;
     out.high = t - k;
-    if (seed) {
-        uint64_t s = uint64_t(*seed);
-        out.key = mix(mix(uint32_t(s) + uint32_t(b * all_heads + h) * 0x9e3779b9u) ^ uint32_t(s >> 32)) + uint32_t(t) * 0x85ebca6bu;
-        out.key = mix(out.key);
-    }
+    if (seed) out.key = row_key(uint64_t(*seed), b * all_heads + h, t);
     return out;
 }
 
 DEVICE bool visible(const Row& row, int j, bool drop, uint32_t threshold) {
     if (j < row.low || j > row.high) return false;
-    return !drop || mix(row.key ^ (uint32_t(j + 1) * 0x9e3779b9u)) >= threshold;
+    return !drop || !dropped(row.key, j, threshold);
 }
 
 DEVICE void put(Weight* to, int j, int keys, const float (&x)[4]) {

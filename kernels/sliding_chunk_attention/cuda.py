@@ -8,10 +8,10 @@ from torch.autograd.function import once_differentiable
 
 from ..types import AttentionState
 from . import fused as fused  # registers the operators
-from . import rows
+from . import rows, tiles
 from .documents import document_starts
 
-KERNELS = rows.MODULES
+KERNELS = (*rows.MODULES, *tiles.MODULES)
 _DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -99,15 +99,16 @@ class _Attention(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:
         y, lse = torch.ops.gecko_lab.sliding_chunk_attention(q, k, v, starts, seed, chunk, dropout)
-        ctx.save_for_backward(q, k, v, lse, starts, seed)
+        kept = y if tiles.serves(q, k, v, chunk) else None
+        ctx.save_for_backward(q, k, v, kept, lse, starts, seed)
         ctx.chunk, ctx.dropout = chunk, dropout
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, lse, starts, seed = ctx.saved_tensors
+        q, k, v, y, lse, starts, seed = ctx.saved_tensors
         dq, dk, dv = torch.ops.gecko_lab.sliding_chunk_attention_backward(
-            dy.contiguous(), q, k, v, lse, starts, seed, ctx.chunk, ctx.dropout
+            dy.contiguous(), q, k, v, y, lse, starts, seed, ctx.chunk, ctx.dropout
         )
         return dq, dk, dv, None, None, None, None

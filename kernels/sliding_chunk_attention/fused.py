@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..products import product
-from . import rows
+from . import rows, tiles
 from .plan import Band, Rectangle, key_strips, row_strips, strip_length, window
 
 BUDGET = 420_000_000
@@ -25,7 +25,7 @@ _library.define(
     "-> (Tensor, Tensor)"
 )
 _library.define(
-    "sliding_chunk_attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor? starts, "
+    "sliding_chunk_attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? y, Tensor lse, Tensor? starts, "
     "Tensor? seed, int chunk, float dropout) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -44,11 +44,11 @@ class Group:
         return x[self.b : self.b + self.batch, :, self.h : self.h + self.heads]
 
 
-def groups(q: Tensor, k: Tensor, chunk: int, bands: int) -> Iterator[Group]:
-    """Cut the work so that `bands` matrices of weights and as many strips of float32 scores fit into BUDGET."""
+def groups(q: Tensor, k: Tensor, chunk: int, bands: int, strips: bool = True) -> Iterator[Group]:
+    """Cut the work so that `bands` matrices of weights, and as many strips of float32 scores, fit into BUDGET."""
     batch, length, heads, _ = q.shape
     total = k.shape[1]
-    row = 2 * chunk * bands * (q.element_size() + 4 * strip_length(chunk) / chunk)
+    row = 2 * chunk * bands * (q.element_size() + (4 * strip_length(chunk) / chunk if strips else 0))
     items = max(int(BUDGET / (row * chunk)), 1)
     first, chunks = total - length, -(-total // chunk) - (total - length) // chunk
     per_head = min(items, chunks)
@@ -116,6 +116,7 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    y: Tensor | None,
     lse: Tensor,
     starts: Tensor | None,
     seed: Tensor | None,
@@ -126,17 +127,24 @@ def _backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     at = rows.Rows(starts, seed, dropout, chunk, length, total, heads)
     queries, keys = _windows(total - length, chunk)
-    for group in groups(q, k, chunk, 2):
+    delta = tiles.row_products(dy, y) if y is not None else None
+    for group in groups(q, k, chunk, 2, delta is None):
         band = group.band
         strips = row_strips(band.first, band.end, chunk)
         weights, dscores = _band(group, q), _band(group, q)
-        left, right = _Scratch(group, strips, q), _Scratch(group, strips, q)
         gdy, gq, gk, gv, gdq, gdk, gdv = (group.of(x) for x in (dy, q, k, v, dq, dk, dv))
+        if delta is not None:
+            tensors = q, k, dy, v
+            tiles.weights_and_gradient(tensors, weights, dscores, (lse, delta), at, band, group.b, group.h)
+        else:
+            left, right = _Scratch(group, strips, q), _Scratch(group, strips, q)
+            for r in strips:
+                scores, dweights = left.view(r), right.view(r)
+                _into(scores, r, queries(gq, r), keys(gk, r))
+                _into(dweights, r, queries(gdy, r), keys(gv, r))
+                rows.softmax_rows_backward(scores, dweights, weights, dscores, lse, at, r, band, group.b, group.h)
+            del left, right, scores, dweights
         for r in strips:
-            scores, dweights = left.view(r), right.view(r)
-            _into(scores, r, queries(gq, r), keys(gk, r))
-            _into(dweights, r, queries(gdy, r), keys(gv, r))
-            rows.softmax_rows_backward(scores, dweights, weights, dscores, lse, at, r, band, group.b, group.h)
             product(queries(gdq, r), band.view(dscores, r), keys(gk, r))
         started = (
             band.first if band.first > total - length else 0
@@ -160,6 +168,7 @@ def _fake_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    y: Tensor | None,
     lse: Tensor,
     starts: Tensor | None,
     seed: Tensor | None,

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from twins import compare, documents, poison, relative, run
 
+from gecko_lab.kernels.sliding_chunk_attention import tiles
 from gecko_lab.kernels.sliding_chunk_attention.cuda import sliding_chunk_attention
 from gecko_lab.kernels.sliding_chunk_attention.reference import sliding_chunk_attention as reference
 
@@ -49,6 +50,29 @@ def test_pieces_are_the_whole(cuts: list[int], packed: bool, dtype: torch.dtype)
     x = inputs(2, sum(cuts), 2, 16, 32, dtype)
     segments = documents(2, sum(cuts), [5, 63, 64, 130, 192]) if packed else None
     compare(sliding_chunk_attention, reference, x, cuts, segments, chunk=64)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
+def test_pieces_in_tiles(packed: bool) -> None:
+    """Rows that begin anywhere in a tile, in heads that the tile kernel of sm_90a takes."""
+    x = inputs(2, 900, 2, 64, 128, torch.bfloat16)
+    segments = documents(2, 900, [5, 255, 256, 301, 600]) if packed else None
+    compare(sliding_chunk_attention, reference, x, [300, 200, 1, 99, 300], segments, chunk=256)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_tiles_agree_with_rows(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two ways of the backward pass give the same gradients, with the same keys dropped."""
+    x = tuple(t.requires_grad_() for t in inputs(2, 1500, 2, 128, 192, torch.bfloat16))
+    dy = torch.randn_like(x[2])
+    found = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        y, _ = sliding_chunk_attention(*x, chunk=512, dropout=dropout)
+        found.append(torch.autograd.grad(y, x, dy))
+        monkeypatch.setattr(tiles, "serves", lambda *_: False)
+    for a, b in zip(*found):
+        assert relative(a, b) < 3e-3
 
 
 def test_large_chunks() -> None:

@@ -154,7 +154,7 @@ def test_operators_pass_opcheck() -> None:
     _, lse = ops.sliding_chunk_attention(q, k, v, starts, None, 16, 0.0)
     torch.library.opcheck(ops.sliding_chunk_attention.default, (q, k, v, starts, None, 16, 0.0))
     dy = torch.randn_like(v)
-    torch.library.opcheck(ops.sliding_chunk_attention_backward.default, (dy, q, k, v, lse, starts, None, 16, 0.0))
+    torch.library.opcheck(ops.sliding_chunk_attention_backward.default, (dy, q, k, v, None, lse, starts, None, 16, 0.0))
     lam, mix, target = ops.memory_sums(k[:, :32], v[:, :32], None, 2)
     torch.library.opcheck(ops.memory_sums.default, (k[:, :32], v[:, :32], None, 2))
     sums = (k[:, :32], v[:, :32], mix, target, None)
