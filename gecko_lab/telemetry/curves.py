@@ -41,11 +41,11 @@ class PositionLoss(Metric):
     def update(self, losses: Tensor, tokens: Tensor, bos_id: int | None) -> None:
         """losses (B, L) nats of the targets that follow tokens (B, L); without BOS a row is one document."""
         bos = torch.zeros_like(tokens, dtype=torch.bool) if bos_id is None else tokens == bos_id
-        bins = bin_of(Documents.from_bos(bos).positions).flatten()
-        nats = losses.detach().double().flatten()
-        one_hot = torch.nn.functional.one_hot(bins, BINS).double()  # a product, as index_add_ varies on a GPU
-        self.nats += nats @ one_hot
-        self.tokens += one_hot.sum(0)
+        bins, nats = bin_of(Documents.from_bos(bos).positions), losses.detach().double()
+        for i in range((tokens.shape[1] - 1).bit_length() + 1):  # sums, as index_add_ varies from run to run on a GPU
+            inside = bins == i
+            self.nats[i] += (nats * inside).sum()
+            self.tokens[i] += inside.sum()
 
     def compute(self) -> list[dict[str, float]]:
         """One entry {position, loss, tokens} for each bin that has tokens; position is its first."""

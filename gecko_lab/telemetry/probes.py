@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..model import LanguageModel
 from .kinds import kind_of
@@ -27,8 +28,10 @@ QUANTILES = {"min": 0.0, "q10": 0.1, "median": 0.5, "q90": 0.9, "max": 1.0}
 
 @torch.no_grad()
 def gather(model: LanguageModel, tokens: Tensor, bos_id: int | None) -> dict[str, Tensor]:
-    """KIND_NAME/layer_00 -> the population, float32 (.,), of every probe of a model in eval mode on tokens (B, L)."""
+    """KIND_NAME/layer_00 -> the population, float32 (.,), of every probe on tokens (B, L), without dropout."""
     found: dict[str, Tensor] = {}
+    training = model.training
+    model.eval()
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for path, module in model.named_modules():
@@ -36,6 +39,9 @@ def gather(model: LanguageModel, tokens: Tensor, bos_id: int | None) -> dict[str
             if kind is not None and hasattr(module, "probe"):
                 stack.enter_context(_listening(module, _keeper(module, kind, path, found)))
         model.features(tokens[:ROWS], None, bos_id)
+    model.train(training)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # no backward pass follows that would do it
     return found
 
 

@@ -88,8 +88,9 @@ class Recorder(L.Callback):
         self.curve = PositionLoss().to(pl_module.device)
         self.fixed = None
 
-    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int,
-                                dataloader_idx: int = 0) -> None:
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         self.curve.update(outputs, batch["tokens"], pl_module.bos_id)
         if self.fixed is None:
             self.fixed = batch["tokens"]
