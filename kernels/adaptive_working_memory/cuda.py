@@ -114,7 +114,9 @@ def _chunk_sums(ak: Tensor, v: Tensor, segments: Tensor | None, state: MemorySta
         held = (*(x.transpose(1, 2).float() for x in (state.lam, state.mix, state.target)), state.ends)
         parts.append((*(x[:, :, :-1] for x in held[:3]), held[3][:, :-1]))
     at = 0
-    for keys, values in zip(ak.split(sizes, 1), v.split(sizes, 1)):
+    # the derivative of a split into one piece would be a copy
+    pieces = [(ak, v)] if len(sizes) == 1 else zip(ak.split(sizes, 1), v.split(sizes, 1))
+    for keys, values in pieces:
         size = keys.shape[1]
         chunks = max(size // chunk, 1)
         last = torch.arange(1, chunks + 1, device=ak.device) * (size // chunks) - 1
