@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from .artifacts import Artifact, add_device_argument, add_model_arguments, open_artifact
-from .cli import guarded
+from .cli import complain, guarded
 from .errors import LabError
 from .evaluation import evaluate
 from .run import write_atomic
@@ -23,6 +24,7 @@ TEXT = """Loss, perplexity and bits per byte of a trained model, and its loss by
 
 Without further options it repeats the run's own validation. With --stream every document is read from its beginning
 to its end with the state carried, whatever its length, in memory that does not grow."""
+INTERRUPTED = 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,15 +52,24 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--batch-size", type=int, metavar="N", help="rows side by side (default: the run's)")
     p.add_argument("--stream", action="store_true", help="read whole documents, the state carried from piece to piece")
+    p.add_argument(
+        "--precision",
+        choices=("32-true", "bf16-mixed", "bf16-true"),
+        help="as in training (default: the run's; of an export bf16-mixed on a GPU, else 32-true)",
+    )
     add_device_argument(p)
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     return p
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; 0, or 2 with a message about what to mend."""
+    """Run the command; 0, or 2 with a message about what to mend, or 130 when it was interrupted."""
     options = parser().parse_args(arguments)
-    return guarded(lambda: _main(options))
+    try:
+        return guarded(lambda: _main(options))
+    except KeyboardInterrupt:
+        complain(LabError("interrupted"))
+        return INTERRUPTED
 
 
 def _main(options: argparse.Namespace) -> int:
@@ -77,6 +88,7 @@ def _main(options: argparse.Namespace) -> int:
             batch_size=options.batch_size,
             stream=options.stream,
             device=options.device,
+            precision=options.precision,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     notes = artifact.notes
@@ -103,20 +115,20 @@ def _print(artifact: Artifact, results: dict[str, Any]) -> None:
     console = Console(soft_wrap=True)
     how = f"{'pieces' if results['stream'] else 'rows'} of {results['seq_len']:,} tokens"
     how += ", state carried" if results["stream"] else ""
-    table = Table(show_header=False, box=None, pad_edge=False)
     model = artifact.model
-    table.add_row("model", f"{model.config.family}, {model.num_parameters():,} parameters: {artifact.name}")
-    table.add_row("data", f"{results['data']}, {results['split']}: {results['documents']:,} documents; {how}")
-    table.add_row(
-        "read",
-        f"{results['tokens']:,} tokens, {results['bytes']:,} bytes of text, "
-        f"{results['tokens_per_second']:,.0f} tokens a second on {results['device']}",
-    )
-    table.add_row("loss", f"{results['loss']:.4f} nats a token, perplexity {results['perplexity']:.2f}")
-    table.add_row("", f"[bold]{results['bits_per_byte']:.4f} bits per byte[/]")
-    console.print(table, "")
+    facts = {
+        "model": f"{model.config.family}, {model.num_parameters():,} parameters: {artifact.name}",
+        "data": f"{results['data']}, {results['split']}: {results['documents']:,} documents; {how}",
+        "read": f"{results['tokens']:,} tokens, {results['bytes']:,} bytes of text, "
+        f"{results['tokens_per_second']:,.0f} tokens a second on {results['device']} ({results['precision']})",
+        "loss": f"{results['loss']:.4f} nats a token, perplexity {results['perplexity']:.2f}, "
+        f"{results['bits_per_byte']:.4f} bits per byte",
+    }
+    for name, value in facts.items():
+        console.print(f"[bold]{name:6}[/] {escape(value)}", highlight=False)
+    console.print()
     curve = Table(
-        "tokens read before",
+        "position",
         "loss",
         "of tokens",
         title="Loss by position in the document",
@@ -126,7 +138,7 @@ def _print(artifact: Artifact, results: dict[str, Any]) -> None:
     )
     for column in curve.columns:
         column.justify = "right"
-    for row in results["by_context"]:
+    for row in results["by_position"]:
         span = f"{row['from']:,}" if row["from"] == row["to"] else f"{row['from']:,} - {row['to']:,}"
         curve.add_row(span, f"{row['loss']:.4f}", f"{row['tokens']:,}")
     console.print(curve)

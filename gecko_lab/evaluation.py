@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ from .errors import LabError
 from .kernels import backend
 from .lit import LitLanguageModel
 from .metrics import LanguageMetrics
-
-BINS = 64
+from .precision import MatricesInBF16, resolve
+from .telemetry.curves import BINS, bin_of, lower_edge
 
 
 @dataclass
@@ -44,27 +44,42 @@ class Text:
     fingerprint: str | None = None
 
 
+class Part(NamedTuple):
+    """Some targets: their nats and positions (both of one shape), and the bytes of text that they stand for."""
+
+    losses: Tensor
+    positions: Tensor
+    size: Tensor | int
+
+
+class Work(NamedTuple):
+    """What will be read: how many batches and targets, and the parts themselves as they are made."""
+
+    batches: int
+    targets: int
+    parts: Iterator[Part]
+
+
 @dataclass
 class Tally:
-    """Sums over all tokens, and by the number of tokens of the document that came before (bins by powers of two)."""
+    """Sums over all targets, and by position in the document (the bins of ``telemetry.curves``)."""
 
     metrics: LanguageMetrics = field(default_factory=LanguageMetrics)
     nats: np.ndarray = field(default_factory=lambda: np.zeros(BINS))
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
 
-    def add(self, losses: Tensor, context: Tensor, size: Tensor | int) -> None:
-        """losses and context (...): nats of each target, tokens of its document read before it; size: source bytes."""
-        self.metrics.update(losses.cpu(), size)
-        bins = np.frexp(context.cpu().numpy().reshape(-1).astype(np.float64))[1] - 1  # floor(log2), exactly
-        self.nats += np.bincount(bins, losses.double().cpu().numpy().reshape(-1), BINS)
+    def add(self, part: Part) -> None:
+        losses, bins = part.losses.cpu(), bin_of(part.positions.cpu()).flatten().numpy()
+        self.metrics.update(losses, part.size)
+        self.nats += np.bincount(bins, losses.double().flatten().numpy(), BINS)
         self.tokens += np.bincount(bins, minlength=BINS)
 
     def results(self) -> dict[str, Any]:
-        """Plain values: loss (nats a token), perplexity, bits_per_byte, tokens, bytes, and the list ``by_context``."""
+        """Plain values: loss (nats a token), perplexity, bits_per_byte, tokens, bytes, and the list ``by_position``."""
         values: dict[str, Any] = {k: float(v) for k, v in self.metrics.compute().items()}
         values |= {"tokens": int(self.metrics.tokens), "bytes": int(self.metrics.bytes)}
-        values["by_context"] = [
-            {"from": 1 << i, "to": (2 << i) - 1, "tokens": int(n), "loss": float(self.nats[i] / n)}
+        values["by_position"] = [
+            {"from": lower_edge(i), "to": lower_edge(i + 1) - 1, "tokens": int(n), "loss": float(self.nats[i] / n)}
             for i, n in enumerate(self.tokens)
             if n
         ]
@@ -81,6 +96,7 @@ def evaluate(
     batch_size: int | None = None,
     stream: bool = False,
     device: str = "auto",
+    precision: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """The numbers of the command as plain values; see its ``--help`` for the arguments.
@@ -103,21 +119,23 @@ def evaluate(
     backend.set_mode(own.kernels if own else "auto")
     with torch.device("meta"):
         module = LitLanguageModel(TrainConfig(model=artifact.model.config, trainer=trainer), bos_id=tokenizer.bos_id)
-    module.model = artifact.model.to(where)
-    if trainer.precision == "bf16-true":
-        module.model.bfloat16()
+    precision = resolve(precision or trainer.precision, where.type)
+    model = artifact.model.to(where)
+    if precision == "bf16-true":
+        model = MatricesInBF16(where.type).convert_module(copy.deepcopy(model))
+    module.model = model
     if stream:
-        count, work = document_batches(text.source, tokenizer, rows, limit, module, length)
+        work = document_batches(text.source, tokenizer, rows, limit, module, length)
     else:
-        count, work = packed_batches(text.source, tokenizer, rows, ranks, limit, module, length)
+        work = packed_batches(text.source, tokenizer, rows, ranks, limit, module, length)
 
-    tally, began = Tally(), perf_counter()
-    progress(0, count)
-    with torch.no_grad(), _precision(trainer.precision, where):
-        for done, parts in enumerate(work, 1):
-            for losses, context, size in parts:
-                tally.add(losses, context, size)
-            progress(done, count)
+    tally, began, done = Tally(), perf_counter(), 0
+    progress(0, work.targets)
+    with torch.no_grad(), torch.autocast(where.type, torch.bfloat16, enabled=precision != "32-true"):
+        for part in work.parts:
+            tally.add(part)
+            done += part.losses.numel()
+            progress(done, work.targets)
     seconds = perf_counter() - began
     results = tally.results()
     return {
@@ -134,10 +152,10 @@ def evaluate(
         "trained_on_fingerprint": artifact.data_fingerprint,
         "seq_len": length,
         "batch_size": rows,
-        "batches": count,
+        "batches": work.batches,
         "stream": stream,
         "device": str(where),
-        "precision": trainer.precision,
+        "precision": precision,
     }
 
 
@@ -176,10 +194,6 @@ def find_text(artifact: Artifact, data: str | None, split: str | None, tokenizer
     return Text(source, data, chosen)
 
 
-Part = tuple[Tensor, Tensor, Tensor | int]  # nats of targets, tokens of their document read before, source bytes
-Work = tuple[int, Iterator[Iterable[Part]]]  # how many batches, and their parts
-
-
 def packed_batches(
     source: TokenSource, tokenizer: Tokenizer, rows: int, ranks: int, limit: int, module: LitLanguageModel, length: int
 ) -> Work:
@@ -195,11 +209,12 @@ def packed_batches(
 
     def losses(batch: Batch) -> Part:
         batch = {k: v.to(module.model.embed.weight.device) for k, v in batch.items()}
-        context = Documents.from_tokens(batch["tokens"], tokenizer.bos_id).positions + 1
-        return module.losses(batch)[0], context, batch["bytes"].cpu()
+        positions = Documents.from_tokens(batch["tokens"], tokenizer.bos_id).positions
+        return Part(module.losses(batch)[0], positions, batch["bytes"].cpu())
 
     count = len(shares[0])
-    return count, ([losses(share[step]) for share in shares] for step in range(count))
+    targets = count * shares[0].every * length
+    return Work(count, targets, (losses(share[step]) for step in range(count) for share in shares))
 
 
 def document_batches(
@@ -211,7 +226,8 @@ def document_batches(
     chosen = chosen[source.lengths[chosen] > 0]
     chosen = chosen[np.argsort(-source.lengths[chosen], kind="stable")]
     groups = [chosen[start : start + rows] for start in range(0, len(chosen), rows)]
-    return len(groups), (_read_documents(source, tokenizer, group, module, length) for group in groups)
+    parts = (part for group in groups for part in _read_documents(source, tokenizer, group, module, length))
+    return Work(len(groups), int(source.lengths[chosen].sum()), parts)
 
 
 def _read_documents(
@@ -235,18 +251,6 @@ def _read_documents(
         real = np.arange(width) < (lengths[:alive, None] - begin)
         size = int(tokenizer.byte_lengths[block[:, 1:][real]].sum())
         size -= alive * tokenizer.prefix_bytes if begin == 0 else 0
-        context = torch.arange(begin + 1, begin + width + 1).expand(alive, width)
+        positions = torch.arange(begin, begin + width).expand(alive, width)
         mask = torch.from_numpy(real)
-        yield losses.cpu()[mask], context[mask], size
-
-
-@contextmanager
-def _precision(name: str, device: torch.device) -> Iterator[None]:
-    """What the trainer's precision does around a validation step."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if name == "bf16-true" else before)
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16-mixed"):
-            yield
-    finally:
-        torch.set_default_dtype(before)
+        yield Part(losses.cpu()[mask], positions[mask], size)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 from safetensors.torch import save_file
 
 from . import __version__
@@ -137,13 +137,14 @@ def _main(options: argparse.Namespace) -> int:
     for note in artifact.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
     folder = export(artifact, options.out, options.official)
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("from", artifact.name)
-    table.add_row("model", f"{artifact.model.config.family}: {artifact.model.num_parameters():,} parameters")
-    table.add_row("names", "official" if options.official else "gecko_lab")
-    for file in sorted(folder.iterdir()):
-        table.add_row("wrote", f"{file} ({file.stat().st_size:,} bytes)")
-    console.print(table)
+    facts = [
+        ("from", artifact.name),
+        ("model", f"{artifact.model.config.family}, {artifact.model.num_parameters():,} parameters"),
+        ("names", "official" if options.official else "gecko_lab"),
+        *(("wrote", f"{file} ({file.stat().st_size:,} bytes)") for file in sorted(folder.iterdir())),
+    ]
+    for name, value in facts:
+        console.print(f"[bold]{name:6}[/] {escape(value)}", highlight=False)
     console.print(f'Read it with: gecko_lab.load("{options.out}")', highlight=False, markup=False)
     return 0
 
