@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+from optuna.storages.journal import JournalFileBackend
 
 from ..errors import LabError
 
@@ -19,7 +19,7 @@ JOURNAL = "journal.log"
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-class FileLock(BaseJournalFileLock):
+class FileLock:
     """The kernel's lock on FILE.lock: it ends with its holder, so that a killed worker leaves nothing behind.
 
     Its next holder cuts off the half line that a worker killed while writing left at the journal's end.
@@ -87,7 +87,7 @@ def _journal(path: Path, create: bool) -> BaseStorage:
         if not create:
             raise LabError(f"{path}: no study here (no {JOURNAL}); give the folder of a study or its storage's URL")
         file.parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(file), lock_obj=FileLock(file)))
+    return JournalStorage(JournalFileBackend(str(file), lock_obj=FileLock(file)))  # type: ignore[arg-type]  # acquire and release
 
 
 def redacted(url: str) -> str:
