@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import logging
 import os
+import pickle
+import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -63,17 +64,34 @@ def save(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read and verify; raises DamagedCheckpoint, or RunError when there is no such file."""
+    """Read and verify; raises DamagedCheckpoint, or RunError when there is no such file or it holds code."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            _verify(path, file)
+            file.seek(0)
+            return torch.load(file, map_location=map_location, weights_only=True)  # type: ignore[no-any-return]
     except OSError as error:
-        raise RunError(f"cannot read the checkpoint {path}: {error.strerror}") from error
-    body, trailer = data[:-TRAILER], data[-TRAILER:]
-    if not trailer.startswith(MAGIC):
+        raise RunError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        raise RunError(f"{path}: holds more than tensors and plain values; nothing of it was executed") from error
+
+
+def _verify(path: Path, file: IO[bytes]) -> None:
+    size = os.fstat(file.fileno()).st_size
+    file.seek(max(0, size - TRAILER))
+    trailer = file.read()
+    if not trailer.startswith(MAGIC) or len(trailer) != TRAILER:
         raise DamagedCheckpoint(f"{path}: truncated, or not a checkpoint of gecko_lab")
-    if hashlib.sha256(body).hexdigest().encode() != trailer[len(MAGIC) :]:
+    digest, left = hashlib.sha256(), size - TRAILER
+    file.seek(0)
+    while left:
+        block = file.read(min(left, 1 << 22))
+        if not block:
+            break
+        digest.update(block)
+        left -= len(block)
+    if digest.hexdigest().encode() != trailer[len(MAGIC) :]:
         raise DamagedCheckpoint(f"{path}: its checksum does not match: the file was changed or damaged")
-    return torch.load(io.BytesIO(body), map_location=map_location, weights_only=True)  # type: ignore[no-any-return]
 
 
 def steps(folder: Path) -> list[Path]:
@@ -81,19 +99,54 @@ def steps(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.ckpt"), reverse=True)
 
 
-def latest_good(folder: Path) -> Path:
-    """The newest checkpoint that reads back whole; damaged ones are reported and passed over."""
-    candidates = steps(folder)
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that reads back whole, and what it holds; damaged ones are reported and passed over, and
+    best.ckpt is the last resort. None when the run has saved nothing yet."""
+    candidates = [*steps(folder), *folder.glob("best.ckpt")]
     for path in candidates:
         try:
-            load(path)
+            return path, load(path)
         except DamagedCheckpoint as error:
             log.warning("%s; using the one before it", error)
-            continue
-        return path
     if candidates:
-        raise RunError(f"{folder}: none of its {len(candidates)} checkpoints can be read")
-    raise RunError(f"{folder}: no checkpoint yet")
+        raise RunError(f"{folder}: none of its {len(candidates)} checkpoints can be read; they are left as they are")
+    return None
+
+
+def latest_good(folder: Path) -> Path:
+    """The path that ``newest`` finds; RunError when there is none."""
+    found = newest(folder)
+    if found is None:
+        raise RunError(f"{folder}: no checkpoint yet")
+    return found[0]
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Drop the oldest step checkpoints beyond ``keep``; the newest, which was written and synced just now, stays."""
+    for old in steps(folder)[max(1, keep) :]:
+        old.unlink(missing_ok=True)
+
+
+def publish(source: Path, target: Path) -> None:
+    """``target`` becomes the same file as ``source``, atomically and without a copy where the disk has links."""
+    temporary = target.with_name(f".writing-{target.name}")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def tidy(folder: Path, step: int) -> list[Path]:
+    """Before a run goes on from ``step``: remove what a kill left half written, and set the step checkpoints after
+    ``step`` aside (.old), so that none of them is taken for this run's own later. Returns those set aside."""
+    for half in folder.glob(".writing-*"):
+        half.unlink(missing_ok=True)
+    later = [path for path in steps(folder) if int(path.stem.removeprefix("step-")) > step]
+    for path in later:
+        path.replace(path.with_name(path.name + ".old"))
+    return later
 
 
 class SafeCheckpointIO(TorchCheckpointIO):

@@ -47,6 +47,8 @@ class TrainerConfig:
     compile: bool = option(False, "torch.compile every block")
     piece_len: int = option(0, "tokens of a row in memory at once, state and gradient carried between; 0: whole rows")
     deterministic: bool = option(False, "only operations that repeat bit for bit where torch has them, else a warning")
+    on_nonfinite: str = option("stop", "NaN or Inf in loss or gradients: stop (with a dump of the step) or skip the update")
+    max_skipped: int = option(10, "skip: updates that may be left out before the run stops after all")
     loss_chunk: int = option(4096, "positions whose logits exist at once; 0: all")
     progress: bool = option(True, "progress bar")
 
@@ -112,12 +114,13 @@ def check(config: TrainConfig) -> None:
         ("trainer", "precision", ("auto", "32-true", "bf16-mixed", "bf16-true")),
         ("trainer", "accelerator", ("auto", "cpu", "gpu")),
         ("trainer", "strategy", ("auto", "ddp", "fsdp")),
+        ("trainer", "on_nonfinite", ("stop", "skip")),
     ):
         value = getattr(getattr(config, section), name)
         need(value in allowed, f"{section}.{name}", value, "must be one of " + ", ".join(allowed))
-    for name in ("piece_len", "loss_chunk"):
+    for name in ("piece_len", "loss_chunk", "max_skipped"):
         value = getattr(config.trainer, name)
-        need(value >= 0, f"trainer.{name}", value, "must not be negative (0: no cut)")
+        need(value >= 0, f"trainer.{name}", value, "must not be negative")
     sharded_bf16 = config.trainer.strategy == "fsdp" and config.trainer.precision == "bf16-true"
     need(not sharded_bf16, "trainer.precision", "bf16-true", "strategy=fsdp keeps one type in a block; use bf16-mixed")
     need(config.kernels in ("auto", "reference", "strict"), "kernels", config.kernels, "auto, reference or strict")

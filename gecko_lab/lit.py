@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from .components import state as states
 from .config import OptimConfig, TrainConfig, TrainerConfig
@@ -39,6 +41,7 @@ class LitLanguageModel(L.LightningModule):
         self.state: ModelState | None = None
         self.last_loss: Tensor | None = None
         self.gradient_norm: Tensor | None = None
+        self.check_gradient: Callable[[Tensor], None] | None = None  # told the norm before each update
         self._configured = False
         self._rng: dict[str, Any] | None = None
         self._stream_leaves: list[Any] | None = None
@@ -85,6 +88,8 @@ class LitLanguageModel(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Nats of every target (B, L), for whoever records more than their mean."""
         losses, _ = self.losses(batch)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # no backward pass follows that would do it
         self.val_metrics.update(losses, batch["bytes"])
         return losses
 
@@ -97,6 +102,8 @@ class LitLanguageModel(L.LightningModule):
         """Clip to the global norm and keep it for the record."""
         limit = self.optim.clip or float("inf")
         self.gradient_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        if self.check_gradient is not None:
+            self.check_gradient(self.gradient_norm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["gecko_lab"] = {
@@ -106,23 +113,17 @@ class LitLanguageModel(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        extra = checkpoint.get("gecko_lab", {})
-        saved, here = extra.get("model", {}), dataclasses.asdict(self.config.model)
-        different = sorted(k for k in here if saved.get(k) != here[k] and k not in ("checkpoint_blocks", "family"))
-        if different:
-            raise RunError(
-                "the checkpoint is of another architecture; it differs in "
-                + ", ".join(f"model.{k} (checkpoint {saved.get(k)}, here {here[k]})" for k in different)
-            )
+        check_architecture(checkpoint, self.config.model)
+        extra = checkpoint["gecko_lab"]
         self._rng, self._stream_leaves = extra.get("rng"), extra.get("stream_state")
 
     def on_train_start(self) -> None:
-        if self._rng is not None:
-            _set_rng_state(self._rng)
-            self._rng = None
         if self._stream_leaves is not None:
             self.state = self._restore_stream(self._stream_leaves)
             self._stream_leaves = None
+        if self._rng is not None:  # last, as the probe of the state's structure draws dropout
+            _set_rng_state(self._rng)
+            self._rng = None
 
     def _restore_stream(self, leaves: list[Any]) -> ModelState:
         """Saved leaves into this model's own state structure, learnt by reading one token."""
@@ -131,6 +132,17 @@ class LitLanguageModel(L.LightningModule):
         with torch.no_grad():
             _, like = self.model.features(probe, None, self.bos_id)
         return states.to(states.unflatten(leaves, like), self.device)
+
+
+def check_architecture(checkpoint: dict[str, Any], model: ModelConfig) -> None:
+    """RunError naming each field in which the checkpoint's model is another than this one."""
+    saved, here = checkpoint.get("gecko_lab", {}).get("model", {}), dataclasses.asdict(model)
+    different = sorted(k for k in here if saved.get(k) != here[k] and k not in ("checkpoint_blocks", "family"))
+    if different:
+        raise RunError(
+            "the checkpoint is of another architecture; it differs in "
+            + ", ".join(f"model.{k} (checkpoint {saved.get(k)}, here {here[k]})" for k in different)
+        )
 
 
 def _rng_state() -> dict[str, Any]:

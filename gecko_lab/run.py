@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -19,14 +20,18 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from omegaconf import OmegaConf
 
 from .errors import RunError
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "omegaconf", "optuna", "tensorboard", "numpy", "cuda-bindings")
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES}
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -43,6 +48,18 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a full or failing disk raises into a RunError that says what is left."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f"{path}: {os.strerror(error.errno)}" + (f" ({error.filename})" if error.filename else "")
+        raise RunError(f"{where}. Checkpoints are untouched: make room, then continue with resume=auto") from error
 
 
 class RunFolder:
@@ -63,6 +80,10 @@ class RunFolder:
     def holds_run(self) -> bool:
         return self.config_file.exists()
 
+    def began(self) -> bool:
+        """Whether a run was ever started here, be it that it was killed before it wrote its configuration."""
+        return self.holds_run() or (self.path / "lock").exists()
+
     def check_free(self, resume: str | None) -> None:
         """Raise RunError when the folder cannot take this run; nothing is written."""
         if self.path.exists() and not self.path.is_dir():
@@ -72,7 +93,7 @@ class RunFolder:
                 f"{self.path} already holds a run and is not overwritten: continue it with resume=auto, "
                 "or choose another folder with hydra.run.dir=..."
             )
-        if resume == "auto" and not self.holds_run():
+        if resume == "auto" and not self.began():
             raise RunError(f"resume=auto: {self.path} holds no run; name the run's folder with hydra.run.dir=...")
         existing = self.path
         while not existing.exists():
@@ -84,13 +105,27 @@ class RunFolder:
         """Make the folder and hold its lock until the process ends; RunError when another process holds it."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / "lock").open("w")
+            self._lock = (self.path / "lock").open("a")
         except OSError as error:
             raise RunError(f"hydra.run.dir={self.path}: {error.strerror}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise RunError(f"{self.path}: another process is running in this folder") from error
+        os.register_at_fork(after_in_child=self._lock.close)  # a data worker that outlives a kill must not hold it
+
+    def release(self) -> None:
+        """Let another process in; happens by itself when this one ends."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def changed(self, config_yaml: str) -> list[str]:
+        """Settings in which a resumed run differs from the one that began here, as ``name: before -> now``."""
+        if not config_yaml or not self.holds_run():
+            return []
+        before, now = (_leaves(OmegaConf.create(text)) for text in (self.config_file.read_text(), config_yaml))
+        names = [n for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
+        return [f"{n}: {before.get(n)} -> {now.get(n)}" for n in names if n != "resume"]
 
     def record(self, config_yaml: str, environment: dict[str, Any]) -> None:
         """Put the resolved configuration and the environment beside the outputs; a resumed run keeps its history."""
@@ -102,6 +137,12 @@ class RunFolder:
             with contextlib.suppress(ValueError):
                 history = json.loads(file.read_text())
         write_atomic(file, json.dumps([*history, environment], indent=2) + "\n")
+
+
+def _leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not OmegaConf.is_dict(node):
+        return {prefix[:-1]: node}
+    return {k: v for key, value in node.items() for k, v in _leaves(value, f"{prefix}{key}.").items()}
 
 
 def environment(**extra: Any) -> dict[str, Any]:

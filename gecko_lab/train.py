@@ -25,6 +25,7 @@ def make_trainer(config: Any, folder: Any, callbacks: list[Any], logger: Any) ->
     """Lightning's Trainer over one endless epoch of batches."""
     import lightning as L
     from lightning.pytorch.callbacks import RichProgressBar
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
 
     from .checkpoint import SafeCheckpointIO
     from .precision import trainer_options
@@ -34,6 +35,7 @@ def make_trainer(config: Any, folder: Any, callbacks: list[Any], logger: Any) ->
     precision, plugins = trainer_options(options.precision, options.accelerator)
     if options.progress and sys.stderr.isatty():
         callbacks = [*callbacks, RichProgressBar(leave=True)]
+    cluster = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []  # callbacks.Interrupt requeues
     return L.Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
@@ -54,7 +56,7 @@ def make_trainer(config: Any, folder: Any, callbacks: list[Any], logger: Any) ->
         enable_checkpointing=False,
         callbacks=callbacks,
         logger=logger,
-        plugins=[SafeCheckpointIO(), *plugins],
+        plugins=[SafeCheckpointIO(), *plugins, *cluster],
         default_root_dir=folder.path,
     )
 
@@ -64,20 +66,35 @@ def train(config: Any, run_dir: str | Path, config_yaml: str = "") -> dict[str, 
 
     Raises LabError for what the user can mend. Exits with code 75 when a signal stopped the run after a checkpoint.
     """
+    from .run import RunFolder, disk_errors
+
+    folder = RunFolder(run_dir)
+    try:
+        with disk_errors(folder.path):
+            return _train(config, folder, config_yaml)
+    finally:
+        folder.release()
+
+
+def _train(config: Any, folder: Any, config_yaml: str) -> dict[str, float]:
     import lightning as L
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from . import checkpoint as checkpoints
-    from .callbacks import Interrupt, Saver
+    from . import resume
+    from .callbacks import Interrupt, Interrupted, Saver
     from .data.module import LabData
     from .kernels import backend
     from .lit import LitLanguageModel
-    from .run import RunFolder, environment
+    from .nonfinite import NonFiniteGuard
+    from .run import environment
+    from .strategies import whole_model
     from .telemetry import Recorder
     from .telemetry.layout import write_hyperparameters
+    from .telemetry.record import last_validation
 
     _quiet()
-    folder, first = RunFolder(run_dir), _is_first_process()
+    first = _is_first_process()
     if first:
         folder.check_free(config.resume)
         folder.claim()
@@ -95,22 +112,28 @@ def train(config: Any, run_dir: str | Path, config_yaml: str = "") -> dict[str, 
         )
     module = LitLanguageModel(config, bos_id=data.tokenizer.bos_id, stream=config.data.mode == "stream")
     facts = {"parameters": module.model.num_parameters(), **data.describe()}
-    start = None
-    if config.resume is not None:
-        start = checkpoints.latest_good(folder.checkpoints) if config.resume == "auto" else Path(config.resume)
+    start = resume.find(config.resume, folder.checkpoints, config.model)
     if first:
-        folder.record(config_yaml, environment(kernels=config.kernels, seed=config.seed, data=facts, resumed_from=str(start)))
+        changed = folder.changed(config_yaml)
+        resumed = {"resumed_from": str(start.path), "step": start.step, "changed": changed} if config.resume else {}
+        folder.record(config_yaml, environment(kernels=config.kernels, seed=config.seed, data=facts, **resumed))
+        aside = checkpoints.tidy(folder.checkpoints, start.step)
         _introduce(config, module, facts, folder)
+        if config.resume:
+            resume.say(start, config.trainer.max_steps, changed, aside)
 
     saver = Saver(folder.checkpoints, config.checkpoint)
     recorder = Recorder(folder.path, config.log)
-    interrupt = Interrupt(saver)
+    if first and start.step >= config.trainer.max_steps:
+        recorder.validated = last_validation(recorder.file.rewind(start.step))
+    guard = NonFiniteGuard(folder.path, config.trainer, config.kernels)
     logger = TensorBoardLogger(save_dir=str(folder.path), name="", version="tensorboard", default_hp_metric=False)
-    trainer = make_trainer(config, folder, [recorder, saver, interrupt], logger)
+    trainer = make_trainer(config, folder, [recorder, guard, saver, Interrupt(saver)], logger)
     if first:
         write_hyperparameters(logger.experiment, _flat(OmegaConf.to_container(OmegaConf.structured(config))))
-    trainer.fit(module, datamodule=data, ckpt_path=str(start) if start else None)
-    if interrupt.received is not None:
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=str(start.path) if start.path else None)
+    except Interrupted:
         if first:
             print(f"\nStopped at step {trainer.global_step}. Continue with: python -m gecko_lab.train ... "
                   f"hydra.run.dir={folder.path} resume=auto", flush=True)
