@@ -18,7 +18,7 @@ def make_run(folder: Path, *overrides: str) -> dict[str, float]:
     text = folder / "text"
     text.mkdir(parents=True, exist_ok=True)
     for i in range(12):
-        (text / f"{i:02}.txt").write_text(f"Document {i}. " + "The gecko climbs, \u58c1 and \u00e9. " * (9 + 3 * i))
+        (text / f"{i:02}.txt").write_text(f"Document {i}. " + "The gecko climbs, \u58c1 and \u00e9. " * (4 + 2 * i))
     config = build_config(*SIZES, "data=text", f"data.path={text}", "data.val_fraction=0.3", *overrides)
     return train(config, folder / "run", OmegaConf.to_yaml(OmegaConf.structured(config)))
 

@@ -1,0 +1,141 @@
+"""A trained run continues a text: whole characters, any prompt, constant memory, clear refusals."""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gecko_lab
+from gecko_lab import generation
+from gecko_lab.components import state as states
+from gecko_lab.data.tokenizers import load_tokenizer
+from gecko_lab.generate import main
+from gecko_lab.generation import TextStream, generate, read
+
+Trained = tuple[Path, dict[str, float]]
+
+
+def pieces_of(name: str, tokens: list[int]) -> list[str]:
+    stream = TextStream(load_tokenizer(name))
+    return [*(stream.push(token) for token in tokens), stream.end()]
+
+
+def test_bytes_become_whole_characters() -> None:
+    text = "a\u00e9\u58c1\U0001f98e."
+    parts = pieces_of("bytes", list(text.encode()))
+    assert [p for p in parts if p] == list(text)
+    rng = np.random.default_rng(0)
+    for _ in range(200):  # mostly broken UTF-8: what was shown is what decoding at once would show
+        tokens = rng.choice([*range(65, 70), *"\u58c1\U0001f98e".encode(), 0xFF, 256], size=12).tolist()
+        assert "".join(pieces_of("bytes", tokens)) == load_tokenizer("bytes").decode(tokens)
+
+
+def test_byte_level_bpe_becomes_whole_characters(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.save(str(tmp_path / "t.json"))
+    text = "a \u00e9\u58c1 \U0001f98e."
+    tokens = load_tokenizer(f"hf:{tmp_path / 't.json'}").encode(text).tolist()
+    assert len(tokens) == len(text.encode())
+    assert [p for p in pieces_of(f"hf:{tmp_path / 't.json'}", tokens) if p] == list(text)
+
+
+def test_the_command_prints_what_the_model_says(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained[0]
+    arguments = [str(run), "--prompt", "The \u58c1", "--length", "40", "--temperature", "0"]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    prompt = torch.tensor([[256, *"The \u58c1".encode()]])
+    model = gecko_lab.load(run)
+    tokens = [int(t) for t in generate(model, prompt, 40, bos_id=256, temperature=0, vocab_size=257)]
+    tokens = tokens[: tokens.index(256)] if 256 in tokens else tokens
+    assert out == load_tokenizer("bytes").decode([*"The \u58c1".encode(), *tokens]) + "\n"
+    assert "best.ckpt" in err
+    assert "a second" in err
+
+
+def test_a_seed_repeats_and_another_differs(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main([str(trained[0]), "--length", "60", "--seed", seed, "--top-k", "20"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_end_of_the_document_ends_the_text(trained: Trained, capsys: pytest.CaptureFixture[str],
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = iter([65, 66, 256, 67])
+    monkeypatch.setattr(generation, "pick", lambda *a, **k: torch.tensor([next(plan)]))
+    assert main([str(trained[0]), "--prompt", ">", "--length", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert out == ">AB\n"
+    assert "ended the document" in err
+
+
+def test_a_prompt_is_read_in_pieces_with_a_state_of_constant_size(trained: Trained) -> None:
+    model = gecko_lab.load(trained[0])
+    prompt = torch.randint(0, 257, (1, 321), generator=torch.Generator().manual_seed(0))
+    whole, _ = read(model, prompt, bos_id=256)
+    counts: list[int] = []
+    pieces, _ = read(model, prompt, bos_id=256, piece=50, progress=counts.append)
+    torch.testing.assert_close(pieces, whole, atol=1e-4, rtol=1e-4)
+    assert sum(counts) == 321
+    assert max(counts) == 50
+    chunk = model.config.chunk_size
+    sizes = {states.nbytes(read(model, prompt[:, : n * chunk], bos_id=256, piece=50)[1]) for n in (4, 9, 20)}
+    assert len(sizes) == 1
+
+
+def test_ids_beyond_the_tokenizer_are_never_chosen(trained: Trained) -> None:
+    model = gecko_lab.load(trained[0])
+    tokens = generate(model, torch.tensor([[256]]), 50, vocab_size=7, generator=torch.Generator().manual_seed(0))
+    assert max(int(t) for t in tokens) < 7
+
+
+def test_a_prompt_file_and_standard_input(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.txt").write_text("The gecko " * 500)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The gecko " * 500)))
+    texts = []
+    for file in (str(tmp_path / "p.txt"), "-"):
+        assert main([str(trained[0]), "--prompt-file", file, "--length", "5"]) == 0
+        captured = capsys.readouterr()
+        assert "read 5,001 tokens" in captured.err
+        texts.append(captured.out)
+    assert texts[0] == texts[1]
+    assert len(texts[0]) < 300  # the end of a long prompt is shown, not all of it
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--length", "-1"], "--length"),
+        (["--temperature", "-0.5"], "--temperature"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--top-k", "-3"], "--top-k"),
+        (["--seed", "-3"], "--seed"),
+        (["--device", "abacus"], "abacus"),
+        (["--checkpoint", "nowhere.ckpt"], "nowhere.ckpt"),
+        (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+        (["--prompt-file", "binary"], "binary"),
+        (["--prompt-file", "latin"], "not UTF-8"),
+        (["--prompt-file", "empty"], "empty"),
+    ],
+    ids=lambda v: "-".join(v).strip("-") if isinstance(v, list) else "",
+)
+def test_mistakes(arguments: list[str], words: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                  capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("binary").write_bytes(b"\0\1\2")
+    Path("latin").write_bytes("caf\u00e9".encode("latin-1"))
+    Path("empty").write_bytes(b"")
+    assert main([str(trained[0]), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert words in err
+    assert out == ""
