@@ -1,0 +1,208 @@
+"""The tables and figures of a report, the same for the page and the summary."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from . import figures
+from .analysis import AXES, Analysis, ArmResult, curves, run_command
+from .figures import number
+from .records import TrialRecord
+
+BEST_TRIALS = 10
+
+
+@dataclass
+class Table:
+    """Rows of text below ``head``; the first ``words`` columns are words, the others numbers. ``strong``: row to stress."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    note: str = ""
+    words: int = 1
+    strong: int | None = None
+
+
+@dataclass
+class Figure:
+    """An SVG with what a reader must know to read it; ``slug`` names its file."""
+
+    slug: str
+    title: str
+    svg: str
+    note: str
+
+
+def results(analysis: Analysis) -> Table:
+    """The arms of an ablation, or the best trials of a search."""
+    return _arms(analysis) if analysis.baseline is not None else _best(analysis)
+
+
+def _arms(analysis: Analysis) -> Table:
+    metric = analysis.record.metric
+    head = ["arm", metric, "seeds", "difference", "95 % interval", "d_z", "p", "p corrected", "detectable", "parameters"]
+    head += ["training FLOPs", "seconds"]
+    by_arm = {c.arm: c for c in analysis.comparisons}
+    rows = []
+    for arm in analysis.arms:
+        row = [arm.name, _mean(arm), str(len(arm.trials))]
+        c = by_arm.get(arm.name)
+        if c is None:
+            row += ["baseline", *[""] * 5]
+        elif not c.seeds:
+            row += ["no pair", *[""] * 5]
+        else:
+            interval = f"{c.low:+.4f} to {c.high:+.4f}" if math.isfinite(c.low) else "-"
+            detectable = "" if math.isnan(c.detectable) else f"{c.detectable:.3g}"
+            row += [f"{c.mean:+.4f}", interval, number(c.effect, 2), number(c.p, 2), number(c.p_holm, 2), detectable]
+        sizes = (float(arm.parameters) if arm.trials else math.nan, arm.total("flops"), arm.total("seconds"))
+        rows.append([*row, *(number(size) for size in sizes)])
+    tests = {c.test for c in analysis.comparisons if c.seeds}
+    test = "exact sign-flip test" if tests == {"sign-flip"} else "paired t-test" if tests == {"t"} else "exact or t-test"
+    note = (
+        f"Mean \u00b1 standard deviation over seeds. Differences are paired by seed (the same data in the same order), arm minus "
+        f"baseline, with 95 % t intervals, each for itself. p: two-sided {test}; corrected: Holm, over "
+        f"{len(analysis.comparisons)} arms. detectable: the difference that a t-test with this many seeds and this spread "
+        "would find four times in five."
+    )
+    return Table("Arms", head, rows, note, strong=0)
+
+
+def _best(analysis: Analysis) -> Table:
+    record = analysis.record
+    order = sorted(analysis.arms[0].trials.values(), key=lambda t: t.value or 0.0, reverse=record.direction == "maximize")
+    names = sorted({name for t in order for name in t.params})
+    rows = []
+    for t in order[:BEST_TRIALS]:
+        one = ArmResult("", {0: t}, t.parameters, [])
+        sizes = (float(t.parameters), one.total("flops"), one.total("seconds"))
+        rows.append([str(t.number), *(_setting(t.params.get(n)) for n in names), number(t.value or 0.0, 5), *map(number, sizes)])
+    head = ["trial", *names, record.metric, "parameters", "training FLOPs", "seconds"]
+    shown = f"The best {len(rows)} of {len(order)} complete trials." if len(order) > len(rows) else "All complete trials, the best first."
+    return Table("Best trials", head, rows, shown, strong=0)
+
+
+def unfinished(analysis: Analysis) -> Table | None:
+    """Trials that are not complete, with the reason; None when all are."""
+    rows = []
+    for t in analysis.unfinished:
+        value = "" if t.value is None else number(t.value, 4)
+        rows.append([str(t.number), t.state, _name(analysis, t), str(t.seed), _reason(t), value])
+    head = ["trial", "state", "arm" if analysis.baseline is not None else "setting", "seed", "reason", "last " + analysis.record.metric]
+    return Table("Trials that are not complete", head, rows, words=5) if rows else None
+
+
+def _reason(t: TrialRecord) -> str:
+    if t.state == "pruned":
+        step = max(t.intermediate, default=None)
+        return "worse than the other trials" + (f" at step {step}" if step is not None else "")
+    lines = (t.error or "").strip().splitlines()
+    reason = lines[-1] if lines else "" if t.state in ("running", "waiting") else "no reason recorded"
+    return reason + (" (retried by another trial)" if t.retried else "")
+
+
+def figure_set(analysis: Analysis) -> list[Figure]:
+    """The figures that the study's data allow, in reading order."""
+    found = [_forest(analysis), *_curves(analysis)]
+    if analysis.importances:
+        note = "PED-ANOVA: the share of the variation of the metric among its better trials that a parameter explains. Sums to 1."
+        found.append(Figure("importance", "Importance", figures.bars(list(analysis.importances.items()), "importance"), note))
+    if analysis.baseline is None:
+        found += _slices(analysis)
+    return [f for f in found if f is not None]
+
+
+def _forest(analysis: Analysis) -> Figure | None:
+    places = {c.arm: i for i, c in enumerate(analysis.comparisons)}
+    rows = []
+    for c in sorted((c for c in analysis.comparisons if c.seeds), key=lambda c: c.mean):
+        label = f"{c.mean:+.4f}" + (f"  [{c.low:+.4f}, {c.high:+.4f}]" if math.isfinite(c.low) else "  one seed")
+        rows.append(figures.Row(c.arm, c.mean, c.low, c.high, c.differences, label, places[c.arm]))
+    if not rows:
+        return None
+    axis = f"difference in {analysis.record.metric} to {analysis.baseline}"
+    note = "Large dots: means. Bars: 95 % t intervals, with an arrowhead where one is cut. Small dots: single seeds."
+    return Figure("differences", "Differences to the baseline", figures.forest(rows, axis, analysis.better), note)
+
+
+def _curves(analysis: Analysis) -> list[Figure]:
+    found = []
+    for metric in dict.fromkeys((analysis.record.metric, "train/loss")):
+        panels = [(label, curves(analysis, metric, axis)) for axis, label in AXES.items()]
+        panels = [(label, group) for label, group in panels if any(len(c.points) > 1 for c in group)]
+        if not panels:
+            continue
+        who = "means over seeds, single seeds faint" if analysis.baseline is not None else "the best six trials"
+        note = f"Lines: {who}. The first tenth of a run may lie above the frame."
+        slug = "curve_" + metric.replace("/", "_")
+        found.append(Figure(slug, metric, figures.curves(panels, metric, analysis.baseline), note))
+    return found
+
+
+def _slices(analysis: Analysis) -> list[Figure]:
+    """The metric against each searched parameter."""
+    record = analysis.record
+    done = [t for t in record.trials if t.value is not None and t.state in ("complete", "pruned") and t.stage == "main"]
+    found = []
+    for name in sorted({n for t in done for n in t.params}, key=lambda n: -analysis.importances.get(n, 0.0)):
+        points = [
+            (_place(t.params[name]), float(t.value), t.state == "complete", f"trial {t.number}: {number(float(t.value), 4)}")
+            for t in done
+            if name in t.params and t.value is not None
+        ]
+        note = "Filled: complete trials. Open: pruned ones, at their last value."
+        found.append(Figure(f"slice_{name.replace('.', '_')}", name, figures.dots(points, name, record.metric), note))
+    return found
+
+
+def commands(analysis: Analysis) -> list[tuple[str, str]]:
+    """What repeats the study, this report and its best single run."""
+    where = f"studies/{analysis.record.folder.name}"
+    best = f"the best run by itself (trial {analysis.best.number})"
+    return [
+        ("the study", analysis.command),
+        ("this report", f"python -m gecko_lab.report {where}"),
+        ("its runs in TensorBoard", f"python -m gecko_lab.compare {where}"),
+        (best, run_command(analysis.best)),
+    ]
+
+
+def environments(analysis: Analysis) -> Table | None:
+    """The machines and versions that the complete runs recorded."""
+    rows = []
+    for e in analysis.environments:
+        versions = e.get("versions") or {}
+        device = e.get("gpu") or f"CPU, {e.get('cpu_threads')} threads"
+        rows.append(
+            [
+                (e.get("git_commit") or "not a checkout").replace("-dirty", " with changes"),
+                f"{device}, kernels {e.get('kernels')}",
+                f"Python {e.get('python')}, " + ", ".join(f"{k} {versions[k]}" for k in ("torch", "lightning", "optuna") if k in versions),
+                (e.get("fingerprint") or "-")[:12],
+                str(e["runs"]),
+            ]
+        )
+    return Table("Environment", ["commit", "device", "versions", "data", "runs"], rows, words=4) if rows else None
+
+
+def _name(analysis: Analysis, t: TrialRecord) -> str:
+    if analysis.baseline is not None:
+        return t.arm + (" (tuning)" if t.stage == "tune" else "")
+    return ", ".join(f"{k}={_setting(v)}" for k, v in t.params.items()) or "base"
+
+
+def _mean(arm: ArmResult) -> str:
+    if not arm.trials:
+        return "-"
+    return f"{arm.mean:.4f}" + ("" if math.isnan(arm.spread) else f" \u00b1 {arm.spread:.4f}")
+
+
+def _setting(value: Any) -> str:
+    return "" if value is None else number(value, 4) if isinstance(value, float) else str(value)
+
+
+def _place(value: Any) -> float | str:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
