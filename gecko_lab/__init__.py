@@ -4,7 +4,7 @@ from pathlib import Path as _Path
 
 __version__ = "0.1.0"
 
-for _link in ("components", "kernels", "conf"):
+for _link in ("components", "kernels", "conf", "sweeps"):
     if not (_Path(__file__).parent / _link).is_dir():
         raise ImportError(
             f"gecko_lab/{_link} is not a folder: this copy was made without symbolic links (a .zip download, or "

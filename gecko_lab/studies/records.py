@@ -92,7 +92,8 @@ def load_study(where: str | Path | BaseStorage, name: str | None = None) -> Stud
     if name is None and len(names) == 1:
         name = names[0]
     if name not in names:
-        raise LabError(f"{where}: holds {', '.join(names) or 'no study'}; name one of them" + (f", not {name}" if name else ""))
+        asked = f", not {name}" if name else ""
+        raise LabError(f"{where}: holds {', '.join(names) or 'no study'}; name one of them{asked}")
     study = optuna.load_study(study_name=name, storage=storage)
     facts = study.user_attrs.get(ATTRIBUTE)
     if facts is None:

@@ -1,0 +1,39 @@
+"""What a trial's training tells its worker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+
+
+class Pruned(Exception):
+    """The study gave this trial up; ``value`` is its metric at the last validation."""
+
+    def __init__(self, step: int, value: float) -> None:
+        super().__init__(f"pruned at step {step}")
+        self.value = value
+
+
+class Reporter(L.Callback):
+    """Reports the metric by global step at every validation; ends the run when told, or after ``seconds`` of training."""
+
+    def __init__(self, metric: str, ask: Callable[[int, float], bool], seconds: float) -> None:
+        self.metric, self.ask, self.seconds = metric, ask, seconds
+        self.began = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if time.perf_counter() - self.began > self.seconds:
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.global_step >= trainer.max_steps:
+            return
+        value = float(trainer.callback_metrics[self.metric])
+        if self.ask(trainer.global_step, value):
+            raise Pruned(trainer.global_step, value)

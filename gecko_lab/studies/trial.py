@@ -1,0 +1,111 @@
+"""One trial in a process of its own: ``python -m gecko_lab.studies.trial``, started by a worker.
+
+The worker writes the assignment as one line of JSON to its standard input, then an answer to every report; the trial
+writes events to its standard output, one JSON object a line:
+
+    {"event": "report", "step": 100, "value": 2.1}      answered with go or prune
+    {"event": "end", "state": "complete", "value": 2.0, "metrics": {...}, "parameters": 123, "error": null}
+
+Everything that the run prints goes to standard error, which is the trial's log. When the worker dies, the trial ends.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import IO, Any
+
+Ask = Callable[[int, float], bool]  # (step, metric) -> whether to prune
+MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+class Link:
+    """The two pipes to the worker."""
+
+    def __init__(self, events: IO[str], answers: IO[str]) -> None:
+        self.events, self.answers = events, answers
+        self.inbox: queue.Queue[str] = queue.Queue()
+
+    def listen(self) -> None:
+        """From now on the end of the worker is the end of this process."""
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        for line in self.answers:
+            self.inbox.put(line.strip())
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def send(self, event: str, **values: Any) -> None:
+        self.events.write(json.dumps({"event": event, **values}) + "\n")
+        self.events.flush()
+
+    def ask(self, step: int, value: float) -> bool:
+        self.send("report", step=step, value=value)
+        return self.inbox.get() == "prune"
+
+
+def run(assignment: dict[str, Any], ask: Ask) -> dict[str, Any]:
+    """Train as assigned; what became of it, in the terms of the ``end`` event."""
+    import torch
+    from omegaconf import OmegaConf
+
+    from .. import build, train
+    from ..errors import LabError
+    from . import arms
+    from .callbacks import Pruned, Reporter
+
+    facts: dict[str, Any] = {"value": None, "metrics": {}, "parameters": 0, "error": None}
+    make_trainer = train.make_trainer
+    try:
+        config, model = arms.built(assignment["overrides"])
+        steps = arms.steps(assignment["budget"], config, model)
+        facts["parameters"] = model.num_parameters()
+        node = build.compose([*assignment["overrides"], f"trainer.max_steps={steps}"])
+        config = build.to_config(node)
+        reporter = Reporter(assignment["metric"], ask, assignment["budget"].get("seconds", math.inf))
+        train.make_trainer = lambda c, folder, parts, logger: make_trainer(c, folder, [*parts, reporter], logger)
+        facts["metrics"] = train.train(config, assignment["run_dir"], OmegaConf.to_yaml(node, resolve=True))
+        facts["value"] = facts["metrics"].get(assignment["metric"])
+        if facts["value"] is None or not math.isfinite(facts["value"]):
+            error = f"{assignment['metric']} is {facts['value']} at the end"
+            return facts | {"state": "failed", "value": None, "error": error}
+        return facts | {"state": "complete"}
+    except Pruned as pruned:
+        return facts | {"state": "pruned", "value": pruned.value}
+    except SystemExit:
+        return facts | {"state": "stopped", "error": "stopped by a signal"}
+    except LabError as refused:
+        return facts | {"state": "failed", "error": str(refused)}
+    except Exception as error:
+        traceback.print_exc()
+        line = (str(error).splitlines() or [""])[0]
+        memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in line.lower() for w in MEMORY_WORDS)
+        return facts | {"state": "failed", "error": f"{'out of memory' if memory else type(error).__name__}: {line}"}
+    finally:
+        train.make_trainer = make_trainer
+
+
+def main() -> int:
+    """Read the assignment, run it, tell the worker."""
+    events = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    logging.basicConfig(level=logging.INFO, format="[%(asctime)s %(levelname)s] %(name)s: %(message)s")
+    assignment = json.loads(sys.stdin.readline())
+    link = Link(events, sys.stdin)
+    link.listen()
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(assignment['overrides'])}", flush=True)
+    link.send("end", **run(assignment, link.ask))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
