@@ -53,11 +53,12 @@ def token_losses(features: Tensor, weight: Tensor, targets: Tensor, chunk: int =
     ``chunk`` positions have their logits in memory at once; 0 means all of them.
     """
     batch, length, dim = features.shape
-    if torch.is_autocast_enabled(features.device.type):
-        features = features.to(torch.get_autocast_dtype(features.device.type))
+    device = features.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # the meta device has no autocast
+        features = features.to(torch.get_autocast_dtype(device))
     flat, goal = features.reshape(-1, dim), targets.reshape(-1)
     if chunk == 0 or chunk >= len(flat):
-        with torch.autocast(features.device.type, enabled=False):
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
             losses = F.cross_entropy(_wide(flat @ weight.to(flat.dtype).T), goal, reduction="none")
     else:
         losses = _LinearCrossEntropy.apply(flat, weight, goal, chunk)

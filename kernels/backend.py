@@ -99,7 +99,7 @@ def dispatch(op: str, reference: Callable[..., T], x: Tensor, *args: object, **k
             if reason is None:
                 return getattr(module, name)(x, *args, **kwargs)
         _note(name, reason or "")
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # the meta device has no autocast
         with torch.autocast(x.device.type, enabled=False):
             return reference(x, *args, **kwargs)
     return reference(x, *args, **kwargs)
