@@ -77,7 +77,9 @@ def _main(options: argparse.Namespace) -> int:
         raise LabError(f"--json {options.json}: the folder {options.json.absolute().parent} does not exist")
     artifact = open_artifact(options.model, options.checkpoint)
     err = Console(stderr=True, soft_wrap=True, highlight=False)
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err, transient=True) as bar:
+    with Progress(
+        *Progress.get_default_columns(), MofNCompleteColumn(), console=err, transient=True, disable=not err.is_terminal
+    ) as bar:
         task = bar.add_task("reading")
         results = evaluate(
             artifact,
@@ -91,21 +93,20 @@ def _main(options: argparse.Namespace) -> int:
             precision=options.precision,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    notes = artifact.notes
+    notes = [f"note: {note}" for note in artifact.notes]
     trained, now = results["trained_on_fingerprint"], results["data_fingerprint"]
     if options.data is None and trained is not None and trained != now:
-        notes = [
-            *notes,
-            f"the data changed since the run: fingerprint {trained[:12]} then, {now[:12]} now; "
-            "these numbers do not compare with the run's own",
-        ]
+        notes.append(
+            f"warning: the data changed since the run: fingerprint {trained[:12]} then, {now[:12]} now; "
+            "these numbers do not compare with the run's own"
+        )
     for note in notes:
-        err.print(f"warning: {note}", markup=False)
+        err.print(note, markup=False)
     _print(artifact, results)
     if options.json is not None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in results.items()}
         try:
-            write_atomic(options.json, json.dumps({**finite, "warnings": notes}, indent=2) + "\n")
+            write_atomic(options.json, json.dumps({**finite, "notes": notes}, indent=2) + "\n")
         except OSError as error:
             raise LabError(f"--json {options.json}: {error.strerror}") from None
     return 0

@@ -168,9 +168,15 @@ def find_text(artifact: Artifact, data: str | None, split: str | None, tokenizer
                 "folder of text, or a token store"
             )
         config = artifact.training.data if data is None and artifact.training else DataConfig(tokenizer=tokenizer.name)
-        name = "stdlib" if config.name == "stdlib" else f"{config.name} {config.path or config.mixture}"
+        name = "stdlib" if config.name == "stdlib" else str(config.path or config.mixture)
         lab = LabData(replace(config, seq_len=1), seed=0, batch_size=1)  # short rows: how they are cut comes later
-        lab.setup()
+        try:
+            lab.setup()
+        except DataError as error:
+            hint = (
+                "" if data else "; a relative path counts from the folder in which the run was started, or give --data"
+            )
+            raise DataError(f"{error}{hint}") from None
         chosen = split or "val"
         parts = [*(lab.sources if chosen != "val" else []), *([lab.val_source] if chosen != "train" else [])]
         return Text(parts[0] if len(parts) == 1 else join(parts), name, chosen, lab.fingerprint)

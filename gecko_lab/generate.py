@@ -22,6 +22,7 @@ from .generation import TextStream, generate
 TEXT = """Continue a prompt with a trained model. The text goes to standard output as it is made, all else to standard
 error. A prompt may have any length: it is read in pieces, and memory does not grow with what was read."""
 INTERRUPTED = 130
+CONTROL = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,13 +89,15 @@ def _main(options: argparse.Namespace) -> int:
         token = next(tokens, None)
     read = time.perf_counter() - began
     sys.stdout.write(text if len(text) <= 2000 else f"...{text[-200:]}")
+    terminal = sys.stdout.isatty()  # a young model's escape characters must not run it
     began = time.perf_counter()
     while token is not None:
         made += 1
         ended = int(token) == tokenizer.bos_id
         if ended:
             break
-        sys.stdout.write(stream.push(int(token)))
+        piece = stream.push(int(token))
+        sys.stdout.write(piece.translate(CONTROL) if terminal else piece)
         sys.stdout.flush()
         token = next(tokens, None)
     sys.stdout.write(stream.end() + "\n")
@@ -132,7 +135,7 @@ def _reading(console: Console, total: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=total < 100_000,
+        disable=total < 100_000 or not console.is_terminal,
     )
     task = bar.add_task("reading", total=total)
     with bar:

@@ -111,7 +111,7 @@ def test_the_command_prints_and_writes_the_same_numbers(trained: Trained, tmp_pa
     out, err = capsys.readouterr()
     written = json.loads(file.read_text())
     assert written["loss"] == trained[1]["val/loss"]
-    assert written["warnings"] == []
+    assert written["notes"] == []
     assert "warning" not in err
     for words in (f"{written['loss']:.4f} nats", f"{written['bits_per_byte']:.4f} bits per byte", "step-00000002.ckpt",
                   "32 - 63", f"{written['by_position'][0]['loss']:.4f}"):  # fmt: skip
