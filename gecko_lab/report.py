@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
 from rich.console import Console
 
 from .cli import guarded
@@ -16,7 +17,8 @@ from .run import write_atomic
 if TYPE_CHECKING:
     from .studies.analysis import Analysis
 
-TEXT = """Writes report.html (one page that needs no server), report.md with figures/*.svg, arms.csv and trials.csv.
+TEXT = """Writes report.html (one page that needs no server), report.md with figures/*.svg, arms.csv, trials.csv and STUDY.yaml,
+which repeats the study.
 
 A study that is still running gives a partial report that says what is missing."""
 
@@ -31,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("study", metavar="STUDY", help="a study's folder (studies/NAME), a journal file or a database URL")
     p.add_argument("--name", metavar="NAME", help="the study in a storage that holds several")
-    p.add_argument("--out", type=Path, metavar="DIR", help="folder of the report (default: report/ in the study's folder)")
+    p.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the report (default: report/ in the study's folder)"
+    )
     p.add_argument("--baseline", metavar="ARM", help="the arm to compare with (default: the study's first)")
     return p
 
@@ -47,7 +51,9 @@ def _main(options: argparse.Namespace) -> int:
     from .studies.records import load_study
 
     if "://" not in options.study and not Path(options.study).exists():
-        raise LabError(f"{options.study}: no such study; give the folder that gecko_lab.sweep named, such as studies/components")
+        raise LabError(
+            f"{options.study}: no such study; give the folder that gecko_lab.sweep named, such as studies/components"
+        )
     record = load_study(options.study, options.name)
     analysis = analyse(record, options.baseline)
     out = options.out or record.folder / "report"
@@ -69,6 +75,7 @@ def write(analysis: Analysis, out: Path) -> None:
         "report.md": summary.markdown(analysis, "figures"),
         "arms.csv": summary.arms_csv(analysis),
         "trials.csv": summary.trials_csv(analysis.record),
+        f"{analysis.record.name}.yaml": yaml.safe_dump(analysis.record.sweep, sort_keys=False, allow_unicode=True),
     }
     files |= {f"figures/{f.slug}.svg": figures.standalone(f.svg) for f in exhibits.figure_set(analysis)}
     try:
@@ -77,7 +84,6 @@ def write(analysis: Analysis, out: Path) -> None:
             write_atomic(out / name, text)
     except OSError as error:
         raise LabError(f"--out {out}: {error.strerror}") from error
-
 
 
 if __name__ == "__main__":

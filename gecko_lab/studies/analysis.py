@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from .figures import Curve, number
 from .records import StudyRecord, TrialRecord
 
 AXES = {"tokens": "tokens read in training", "flops": "training FLOPs of the model", "seconds": "seconds of training"}
+BEST_CURVES = 6  # trials of a search that are drawn
+SAID = 3  # arms that the answer names
 ENOUGH_FOR_IMPORTANCE = 8  # complete trials; with fewer, the densities that PED-ANOVA compares are noise
 
 
@@ -55,7 +58,7 @@ class Analysis:
     """Everything that the pages print."""
 
     record: StudyRecord
-    arms: list[ArmResult]  # the baseline first; one, "search", in a search
+    arms: list[ArmResult]  # the baseline first; in a search trials are keyed by number, the best first
     baseline: str | None
     comparisons: list[statistics.Comparison]
     answer: str
@@ -65,12 +68,18 @@ class Analysis:
     counts: dict[str, int]
     importances: dict[str, float] = field(default_factory=dict)
     environments: list[dict[str, Any]] = field(default_factory=list)
-    command: str = ""
 
     @property
     def better(self) -> str:
         """The side of a figure on which lies what is better."""
         return "left" if self.record.direction == "minimize" else "right"
+
+    @property
+    def tuned(self) -> dict[str, dict[str, Any]]:
+        """The parameters that tuning chose for each arm of an ablation."""
+        if self.baseline is None:
+            return {}
+        return {t.arm: t.params for t in self.record.trials if t.stage == "main" and t.params}
 
     @property
     def unfinished(self) -> list[TrialRecord]:
@@ -96,7 +105,6 @@ def analyse(record: StudyRecord, baseline: str | None = None) -> Analysis:
         "best": best,
         "counts": dict(counts),
         "environments": environments,
-        "command": _command(record),
     }
     if record.kind == "search":
         return _search(main, shared)
@@ -105,31 +113,45 @@ def analyse(record: StudyRecord, baseline: str | None = None) -> Analysis:
 
 def _search(complete: list[TrialRecord], shared: dict[str, Any]) -> Analysis:
     record: StudyRecord = shared["record"]
-    best: TrialRecord = shared["best"]
-    arm = ArmResult("search", {t.number: t for t in complete}, best.parameters, [])
-    settings = " ".join(f"{k}={_plain(v)}" for k, v in best.params.items())
-    answer = f"The best {record.metric} is {number(best.value or 0.0, 4)}, at {settings or 'the base setting'} (trial {best.number}"
-    answer += f"), of {len(complete)} complete trials"
-    answer += f" and {shared['counts']['pruned']} pruned ones." if shared["counts"].get("pruned") else "."
-    importances = _importances(record)
-    warnings = []
-    if not importances and best.params:
-        warnings.append(f"Importances need {ENOUGH_FOR_IMPORTANCE} complete trials that differ; there are {len(complete)}.")
-    if len({t.seed for t in complete}) == 1:
-        warnings.append(
-            "Every trial has the same seed: close neighbours of the best may be as good. "
-            "Compare the best few over several seeds before relying on their order."
-        )
+    names = [arm.name for arm in record.arms] or sorted({t.arm for t in complete})
+    arms = []
+    for name in names:
+        trials = ranked([t for t in complete if t.arm == name], record.direction)
+        arms.append(ArmResult(name, {t.number: t for t in trials}, trials[0].parameters if trials else 0, []))
+    importances = _importances(record, names)
+    warnings = [
+        "Every trial has the same seed: neighbours of the best may be as good. Compare the best few over several seeds "
+        "(an ablation study) before relying on their order."
+    ]
+    if not importances:
+        warnings.append(f"Importances need {ENOUGH_FOR_IMPORTANCE} complete trials of an arm; there are too few.")
     return Analysis(
-        arms=[arm],
+        arms=arms,
         baseline=None,
         comparisons=[],
-        answer=answer,
+        answer=_best_settings(record, arms, shared["counts"]),
         warnings=warnings,
-        missing=_unfinished(record),
+        missing=[f"{arm.name}: no complete trial" for arm in arms if not arm.trials] + _unfinished(record),
         importances=importances,
         **shared,
     )
+
+
+def ranked(trials: Iterable[TrialRecord], direction: str) -> list[TrialRecord]:
+    """Complete trials, the best first."""
+    return sorted(trials, key=lambda t: t.value or 0.0, reverse=direction == "maximize")
+
+
+def _best_settings(record: StudyRecord, arms: list[ArmResult], counts: dict[str, int]) -> str:
+    found = ranked((next(iter(arm.trials.values())) for arm in arms if arm.trials), record.direction)
+    said = []
+    for t in found:
+        settings = " ".join(f"{k}={_plain(v)}" for k, v in t.params.items())
+        arm = f"{t.arm}: " if len(arms) > 1 else ""
+        said.append(f"{arm}{number(t.value or 0.0, 4)} at {settings or 'the base setting'} (trial {t.number})")
+    pruned = f" and {counts['pruned']} pruned ones" if counts.get("pruned") else ""
+    each = " of each arm" if len(arms) > 1 else ""
+    return f"The best {record.metric}{each}, of {counts['complete']} complete trials{pruned}: {'; '.join(said)}."
 
 
 def _ablation(complete: list[TrialRecord], baseline: str | None, shared: dict[str, Any]) -> Analysis:
@@ -137,7 +159,7 @@ def _ablation(complete: list[TrialRecord], baseline: str | None, shared: dict[st
     names = [arm.name for arm in record.arms]
     if baseline is not None and baseline not in names:
         raise LabError(f"--baseline {baseline}: the arms of {record.name} are {', '.join(names)}")
-    baseline = baseline or names[0]
+    baseline = baseline or ("baseline" if "baseline" in names else names[0])
     facts = {arm.name: arm for arm in record.arms}
     warnings = []
     arms = []
@@ -147,9 +169,8 @@ def _ablation(complete: list[TrialRecord], baseline: str | None, shared: dict[st
         arms.append(ArmResult(name, trials, parameters, facts[name].overrides))
     values = {arm.name: arm.values for arm in arms}
     comparisons = statistics.compare(values, baseline)
-    pairs = [len(c.seeds) for c in comparisons if c.seeds]
     if comparisons:
-        warning = statistics.seeds_warning(max(pairs, default=0), len(comparisons))
+        warning = statistics.seeds_warning(max(len(c.seeds) for c in comparisons), len(comparisons))
         warnings += [warning] if warning else []
     return Analysis(
         arms=arms,
@@ -166,34 +187,47 @@ def _answer(record: StudyRecord, baseline: str, comparisons: list[statistics.Com
     paired = [c for c in comparisons if c.seeds]
     if not paired:
         return f"Nothing can be compared yet: no seed is complete in both {baseline} and another arm."
-    clear = sorted((c for c in paired if c.clear), key=lambda c: -abs(c.mean))
-    said = [f"{c.arm} {_verb(record, c)} {record.metric} by {_amount(c)} (corrected p {number(c.p_holm, 2)})" for c in clear]
-    rest = [c for c in paired if not c.clear]
-    if said:
-        tail = f" {len(rest)} other arm{'s' if len(rest) > 1 else ''} cannot be told from it." if rest else ""
-        return f"Against {baseline}: " + "; ".join(said) + "." + tail
-    far = max(rest, key=lambda c: abs(c.mean))
-    several = f"None of the {len(rest)} arms can" if len(rest) > 1 else f"{far.arm} cannot"
-    lead = "Its difference" if len(rest) == 1 else f"The largest difference is that of {far.arm}"
-    is_ = " is " if len(rest) == 1 else ", "
-    return f"{several} be told from {baseline} with {max(len(c.seeds) for c in rest)} seeds. {lead}{is_}{_amount(far, signed=True)}."
+    clear, likely, rest = (
+        sorted((c for c in paired if choose(c)), key=lambda c: -abs(c.mean))
+        for choose in (lambda c: c.clear, lambda c: c.likely, lambda c: not c.clear and not c.likely)
+    )
+    sentences = []
+    if clear:
+        sentences.append(f"Against {baseline}: {_several(record, clear)}")
+    if likely:
+        lead = (
+            "Only if differences between seeds are normally distributed"
+            if not clear
+            else "If they are normally distributed also"
+        )
+        sentences.append(f"{lead}: {_several(record, likely)}")
+    if rest:
+        names = ", ".join(c.arm for c in rest[:SAID]) + (f" and {len(rest) - SAID} more" if len(rest) > SAID else "")
+        far = rest[0]
+        interval = f" [{far.low:+.3g}, {far.high:+.3g}]" if math.isfinite(far.low) else ""
+        which = "difference" if len(rest) == 1 else f"largest difference ({far.arm})"
+        sentences.append(
+            f"Not told from {baseline} with {len(far.seeds)} seeds: {names}; {which} {far.mean:+.3g}{interval}"
+        )
+    return ". ".join(sentences) + "."
 
 
-def _verb(record: StudyRecord, c: statistics.Comparison) -> str:
-    word = "worsens" if (c.mean > 0) == (record.direction == "minimize") else "improves"
-    return word
-
-
-def _amount(c: statistics.Comparison, signed: bool = False) -> str:
-    if signed:
-        interval = f" [{c.low:+.3g}, {c.high:+.3g}]" if math.isfinite(c.low) else ""
-        return f"{c.mean:+.3g}{interval}"
-    low, high = sorted((abs(c.low), abs(c.high))) if c.low * c.high > 0 else (c.low, c.high)
-    return f"{abs(c.mean):.3g} [{low:.3g}, {high:.3g}]"
+def _several(record: StudyRecord, comparisons: list[statistics.Comparison]) -> str:
+    """Arm by arm, the largest difference first."""
+    said = []
+    for c in comparisons[:SAID]:
+        worse = (c.mean > 0) == (record.direction == "minimize")
+        p = c.p_holm if c.clear else c.p_t_holm
+        verb = "worsens" if worse else "improves"
+        said.append(
+            f"{c.arm} {verb} {record.metric} by {abs(c.mean):.3g} [{c.low:+.3g}, {c.high:+.3g}] (corrected p {number(p, 2)})"
+        )
+    more = len(comparisons) - SAID
+    return "; ".join(said) + (f"; and {more} more" if more > 0 else "")
 
 
 def _missing_pairs(record: StudyRecord, arms: list[ArmResult]) -> list[str]:
-    planned = sorted({t.seed for t in record.trials if t.stage == "main"})
+    planned = sorted({*record.sweep.get("seeds", []), *(t.seed for t in record.trials if t.stage == "main")})
     return [
         f"{arm.name}: no complete trial with seed {', '.join(str(s) for s in gone)}"
         for arm in arms
@@ -206,22 +240,33 @@ def _unfinished(record: StudyRecord) -> list[str]:
     return [f"{n} trial{'s are' if n > 1 else ' is'} still {state}" for state, n in found.items()]
 
 
-def _importances(record: StudyRecord) -> dict[str, float]:
-    """Optuna's PED-ANOVA, which needs no scikit-learn; {} where there is too little to go by."""
+def _importances(record: StudyRecord, arms: list[str]) -> dict[str, float]:
+    """Optuna's PED-ANOVA, which needs no scikit-learn, within each arm; {} where there is too little to go by."""
     if record.study is None:
         return {}
+    found = {}
     done = record.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    if len(done) < ENOUGH_FOR_IMPORTANCE or len({t.value for t in done}) == 1:
-        return {}
-    return dict(get_param_importances(record.study, evaluator=PedAnovaImportanceEvaluator()))
+    for arm in arms:
+        mine = [t for t in done if len(arms) == 1 or t.user_attrs.get("arm") == arm]
+        if len(mine) < ENOUGH_FOR_IMPORTANCE or len({t.value for t in mine}) == 1:
+            continue
+        part = optuna.create_study(direction=record.direction)
+        part.add_trials(mine)
+        shares = get_param_importances(part, evaluator=PedAnovaImportanceEvaluator())
+        found |= {f"{arm}: {name}" if len(arms) > 1 else name: share for name, share in shares.items()}
+    return found
 
 
 def curves(analysis: Analysis, metric: str, axis: str) -> list[Curve]:
-    """Per arm the mean over seeds of ``metric`` against progress on ``axis``; in a search one curve a trial, the best first."""
-    record = analysis.record
+    """Per arm the mean over seeds of ``metric`` against progress on ``axis``; in a search of several arms each one's best
+    trial, of one arm its best few."""
     if analysis.baseline is None:
-        order = sorted(analysis.arms[0].trials.values(), key=lambda t: t.value or 0.0, reverse=record.direction == "maximize")
-        return [Curve(f"trial {t.number}", _points(t, metric, axis)) for t in order[:6]]
+        if len(analysis.arms) > 1:
+            return [
+                Curve(a.name, _points(next(iter(a.trials.values())), metric, axis)) for a in analysis.arms if a.trials
+            ]
+        best = list(analysis.arms[0].trials.values())[:BEST_CURVES]
+        return [Curve(f"trial {t.number}", _points(t, metric, axis)) for t in best]
     return [_mean_curve(arm, metric, axis) for arm in analysis.arms if arm.trials]
 
 
@@ -257,7 +302,9 @@ def _environments(trials: list[TrialRecord]) -> list[dict[str, Any]]:
         facts = _environment(trial.run_dir)
         if facts is None:
             continue
-        kept = {k: facts.get(k) for k in ("git_commit", "python", "platform", "gpu", "cpu_threads", "kernels", "versions")}
+        kept = {
+            k: facts.get(k) for k in ("git_commit", "python", "platform", "gpu", "cpu_threads", "kernels", "versions")
+        }
         kept["fingerprint"] = (facts.get("data") or {}).get("fingerprint")
         entry = found.setdefault(json.dumps(kept, sort_keys=True), {**kept, "runs": 0})
         entry["runs"] += 1
@@ -270,10 +317,6 @@ def _environment(run_dir: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return history[-1] if isinstance(history, list) and history and isinstance(history[-1], dict) else None
-
-
-def _command(record: StudyRecord) -> str:
-    return f"python -m gecko_lab.sweep {shlex.quote(record.name)}"
 
 
 def _plain(value: Any) -> str:

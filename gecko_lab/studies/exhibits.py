@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from .figures import number
 from .records import TrialRecord
 
 BEST_TRIALS = 10
+BEST_OF_ARM = 3
 
 
 @dataclass
@@ -43,46 +45,79 @@ def results(analysis: Analysis) -> Table:
 
 def _arms(analysis: Analysis) -> Table:
     metric = analysis.record.metric
-    head = ["arm", metric, "seeds", "difference", "95 % interval", "d_z", "p", "p corrected", "detectable", "parameters"]
-    head += ["training FLOPs", "seconds"]
+    many = any(c.test == "t" for c in analysis.comparisons)
+    head = [
+        "arm",
+        metric,
+        "seeds",
+        "difference [95 % interval]",
+        "d_z",
+        *([] if many else ["p exact"]),
+        "p t-test",
+        "detectable",
+    ]
+    head += ["parameters", "training FLOPs", "seconds"]
     by_arm = {c.arm: c for c in analysis.comparisons}
     rows = []
     for arm in analysis.arms:
         row = [arm.name, _mean(arm), str(len(arm.trials))]
         c = by_arm.get(arm.name)
-        if c is None:
-            row += ["baseline", *[""] * 5]
-        elif not c.seeds:
-            row += ["no pair", *[""] * 5]
+        if c is None or not c.seeds:
+            row += ["baseline" if c is None else "no pair", *[""] * (3 if many else 4)]
         else:
-            interval = f"{c.low:+.4f} to {c.high:+.4f}" if math.isfinite(c.low) else "-"
-            detectable = "" if math.isnan(c.detectable) else f"{c.detectable:.3g}"
-            row += [f"{c.mean:+.4f}", interval, number(c.effect, 2), number(c.p, 2), number(c.p_holm, 2), detectable]
+            interval = f" [{c.low:+.4f}, {c.high:+.4f}]" if math.isfinite(c.low) else ""
+            p_values = [number(p, 2) for p in ([c.p_t_holm] if many else [c.p_holm, c.p_t_holm])]
+            row += [f"{c.mean:+.4f}{interval}", number(c.effect, 2), *p_values, number(c.detectable, 2)]
         sizes = (float(arm.parameters) if arm.trials else math.nan, arm.total("flops"), arm.total("seconds"))
         rows.append([*row, *(number(size) for size in sizes)])
-    tests = {c.test for c in analysis.comparisons if c.seeds}
-    test = "exact sign-flip test" if tests == {"sign-flip"} else "paired t-test" if tests == {"t"} else "exact or t-test"
+    exact = "" if many else "p exact: two-sided sign-flip test, which assumes no distribution; "
     note = (
-        f"Mean \u00b1 standard deviation over seeds. Differences are paired by seed (the same data in the same order), arm minus "
-        f"baseline, with 95 % t intervals, each for itself. p: two-sided {test}; corrected: Holm, over "
-        f"{len(analysis.comparisons)} arms. detectable: the difference that a t-test with this many seeds and this spread "
-        "would find four times in five."
+        "Mean \u00b1 standard deviation over seeds. Differences are paired by seed (the same data in the same order), arm minus "
+        f"baseline, with 95 % t intervals, each for itself. d_z: mean over standard deviation of the differences. {exact}p t-test: "
+        f"paired and two-sided, if differences are normal; p is Holm-corrected over {len(analysis.comparisons)} arms. detectable: the "
+        "true difference that the t-test, uncorrected, would find four times in five with this many seeds and this spread."
     )
     return Table("Arms", head, rows, note, strong=0)
 
 
 def _best(analysis: Analysis) -> Table:
-    record = analysis.record
-    order = sorted(analysis.arms[0].trials.values(), key=lambda t: t.value or 0.0, reverse=record.direction == "maximize")
-    names = sorted({name for t in order for name in t.params})
+    several = len(analysis.arms) > 1
+    shown = [t for arm in analysis.arms for t in list(arm.trials.values())[: BEST_OF_ARM if several else BEST_TRIALS]]
+    names = sorted({name for t in shown for name in t.params})
     rows = []
-    for t in order[:BEST_TRIALS]:
+    for t in shown:
         one = ArmResult("", {0: t}, t.parameters, [])
         sizes = (float(t.parameters), one.total("flops"), one.total("seconds"))
-        rows.append([str(t.number), *(_setting(t.params.get(n)) for n in names), number(t.value or 0.0, 5), *map(number, sizes)])
-    head = ["trial", *names, record.metric, "parameters", "training FLOPs", "seconds"]
-    shown = f"The best {len(rows)} of {len(order)} complete trials." if len(order) > len(rows) else "All complete trials, the best first."
-    return Table("Best trials", head, rows, shown, strong=0)
+        settings = [_setting(t.params.get(n)) for n in names]
+        rows.append(
+            [*([t.arm] if several else []), str(t.number), *settings, number(t.value or 0.0, 5), *map(number, sizes)]
+        )
+    metric = analysis.record.metric
+    head = [*(["arm"] if several else []), "trial", *names, metric, "parameters", "training FLOPs", "seconds"]
+    note = f"{len(shown)} of {analysis.counts['complete']} complete trials" + (
+        ", the best of each arm." if several else "."
+    )
+    return Table("Best trials", head, rows, note, strong=None if several else 0)
+
+
+def changes(analysis: Analysis) -> Table | None:
+    """What each arm changes and how far its size is from the baseline's; None where there are no arms."""
+    arms = analysis.record.arms
+    if len(arms) < 2:
+        return None
+    first = next((a for a in arms if a.name == analysis.baseline), arms[0])
+    rows = []
+    for arm in arms:
+        sizes = [(arm.parameters, first.parameters), (arm.flops_per_token, first.flops_per_token)]
+        off = ["" if arm is first or not theirs else f"{mine / theirs - 1:+.2%}" for mine, theirs in sizes]
+        tuned = dict(analysis.tuned.get(arm.name, {}))
+        chosen = " ".join(f"{k}={_setting(v)}" for k, v in tuned.items())
+        rows.append([arm.name, " ".join(arm.overrides) or "no change", chosen, number(arm.parameters), off[0]])
+        rows[-1] += [number(arm.flops_per_token), off[1]]
+    head = ["arm", "overrides", "tuned", "parameters", f"to {first.name}", "forward FLOPs a token", f"to {first.name}"]
+    if not any(row[2] for row in rows):
+        rows, head = [r[:2] + r[3:] for r in rows], head[:2] + head[3:]
+    return Table("What the arms change", head, rows, words=len(head) - 4)
 
 
 def unfinished(analysis: Analysis) -> Table | None:
@@ -91,7 +126,14 @@ def unfinished(analysis: Analysis) -> Table | None:
     for t in analysis.unfinished:
         value = "" if t.value is None else number(t.value, 4)
         rows.append([str(t.number), t.state, _name(analysis, t), str(t.seed), _reason(t), value])
-    head = ["trial", "state", "arm" if analysis.baseline is not None else "setting", "seed", "reason", "last " + analysis.record.metric]
+    head = [
+        "trial",
+        "state",
+        "arm" if analysis.baseline is not None else "setting",
+        "seed",
+        "reason",
+        "last " + analysis.record.metric,
+    ]
     return Table("Trials that are not complete", head, rows, words=5) if rows else None
 
 
@@ -109,7 +151,9 @@ def figure_set(analysis: Analysis) -> list[Figure]:
     found = [_forest(analysis), *_curves(analysis)]
     if analysis.importances:
         note = "PED-ANOVA: the share of the variation of the metric among its better trials that a parameter explains. Sums to 1."
-        found.append(Figure("importance", "Importance", figures.bars(list(analysis.importances.items()), "importance"), note))
+        found.append(
+            Figure("importance", "Importance", figures.bars(list(analysis.importances.items()), "importance"), note)
+        )
     if analysis.baseline is None:
         found += _slices(analysis)
     return [f for f in found if f is not None]
@@ -135,7 +179,7 @@ def _curves(analysis: Analysis) -> list[Figure]:
         panels = [(label, group) for label, group in panels if any(len(c.points) > 1 for c in group)]
         if not panels:
             continue
-        who = "means over seeds, single seeds faint" if analysis.baseline is not None else "the best six trials"
+        who = "means over seeds, single seeds faint" if analysis.baseline is not None else "the best trials"
         note = f"Lines: {who}. The first tenth of a run may lie above the frame."
         slug = "curve_" + metric.replace("/", "_")
         found.append(Figure(slug, metric, figures.curves(panels, metric, analysis.baseline), note))
@@ -145,28 +189,42 @@ def _curves(analysis: Analysis) -> list[Figure]:
 def _slices(analysis: Analysis) -> list[Figure]:
     """The metric against each searched parameter."""
     record = analysis.record
-    done = [t for t in record.trials if t.value is not None and t.state in ("complete", "pruned") and t.stage == "main"]
+    done = [t for t in record.trials if t.value is not None and t.state in ("complete", "pruned")]
+    places = {arm.name: i for i, arm in enumerate(analysis.arms)}
     found = []
     for name in sorted({n for t in done for n in t.params}, key=lambda n: -analysis.importances.get(n, 0.0)):
         points = [
-            (_place(t.params[name]), float(t.value), t.state == "complete", f"trial {t.number}: {number(float(t.value), 4)}")
+            figures.Dot(
+                _place(t.params[name]),
+                float(t.value),
+                t.state == "complete",
+                f"trial {t.number}, {t.arm}: {number(float(t.value), 4)}",
+                places.get(t.arm, 0),
+            )
             for t in done
             if name in t.params and t.value is not None
         ]
         note = "Filled: complete trials. Open: pruned ones, at their last value."
-        found.append(Figure(f"slice_{name.replace('.', '_')}", name, figures.dots(points, name, record.metric), note))
+        found.append(
+            Figure(
+                f"slice_{name.replace('.', '_')}", name, figures.dots(points, name, record.metric, list(places)), note
+            )
+        )
     return found
 
 
 def commands(analysis: Analysis) -> list[tuple[str, str]]:
     """What repeats the study, this report and its best single run."""
-    where = f"studies/{analysis.record.folder.name}"
-    best = f"the best run by itself (trial {analysis.best.number})"
+    record = analysis.record
+    where = shlex.quote(f"studies/{record.folder.name}")
     return [
-        ("the study", analysis.command),
+        (
+            "the study, or what is missing of it; the file lies beside this report",
+            f"python -m gecko_lab.sweep {shlex.quote(record.name)}.yaml",
+        ),
         ("this report", f"python -m gecko_lab.report {where}"),
         ("its runs in TensorBoard", f"python -m gecko_lab.compare {where}"),
-        (best, run_command(analysis.best)),
+        (f"the best run by itself (trial {analysis.best.number})", run_command(analysis.best)),
     ]
 
 
@@ -180,7 +238,8 @@ def environments(analysis: Analysis) -> Table | None:
             [
                 (e.get("git_commit") or "not a checkout").replace("-dirty", " with changes"),
                 f"{device}, kernels {e.get('kernels')}",
-                f"Python {e.get('python')}, " + ", ".join(f"{k} {versions[k]}" for k in ("torch", "lightning", "optuna") if k in versions),
+                f"Python {e.get('python')}, "
+                + ", ".join(f"{k} {versions[k]}" for k in ("torch", "lightning", "optuna") if k in versions),
                 (e.get("fingerprint") or "-")[:12],
                 str(e["runs"]),
             ]

@@ -49,6 +49,17 @@ class Row:
     place: int  # of the arm among those that are not the baseline: its colour
 
 
+@dataclass(frozen=True)
+class Dot:
+    """A trial: ``x`` is a number or a name; open circles are trials that are not complete."""
+
+    x: float | str
+    y: float
+    complete: bool
+    hint: str
+    place: int = 0
+
+
 def colour(place: int) -> str:
     """The colour of an arm; dashes tell those apart that share one."""
     return f"var(--c{place % 8})"
@@ -64,7 +75,13 @@ def number(value: float, digits: int = 3) -> str:
     if not math.isfinite(value):
         return "-"
     size = abs(value)
-    for limit, unit, suffix in ((1e15, 1e15, "P"), (1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+    for limit, unit, suffix in (
+        (1e15, 1e15, "P"),
+        (1e12, 1e12, "T"),
+        (1e9, 1e9, "G"),
+        (1e6, 1e6, "M"),
+        (1e4, 1e3, "k"),
+    ):
         if limit <= size < 1e18:
             return f"{value / unit:.{digits}g}{suffix}"
     return f"{value:.{digits}g}" if size < 1000 or size >= 1e18 else f"{value:.0f}"
@@ -97,7 +114,9 @@ class Scale:
             return ticks(self.low, self.high) if self.high > self.low else [self.low]
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         for parts in ((1,), (1, 3), (1, 2, 5)):
-            marks = [p * 10.0**d for d in decades for p in parts if self.low * 0.999 <= p * 10.0**d <= self.high * 1.001]
+            marks = [
+                p * 10.0**d for d in decades for p in parts if self.low * 0.999 <= p * 10.0**d <= self.high * 1.001
+            ]
             if len(marks) >= 3:
                 return marks
         return marks or [self.low, self.high]
@@ -131,9 +150,15 @@ def forest(rows: Sequence[Row], axis: str, better: str) -> str:
             out.append(f'<path d="M{x(ends[0]):.1f} {y}H{x(ends[1]):.1f}" style="stroke:{tint};stroke-width:2.5"/>')
             for cut, at, way in ((row.low < low, x(low), 5), (row.high > high, x(high), -5)):
                 if cut:
-                    out.append(f'<path d="M{at + way:.1f} {y - 4}L{at:.1f} {y}L{at + way:.1f} {y + 4}" style="stroke:{tint};fill:none"/>')
-        out += [f'<circle cx="{x(p):.1f}" cy="{y + 9}" r="2.2" style="fill:{tint};fill-opacity:.55"/>' for p in row.points]
-        out.append(f'<circle cx="{x(row.mean):.1f}" cy="{y}" r="5" style="fill:{tint}"><title>{escape(row.label)}</title></circle>')
+                    out.append(
+                        f'<path d="M{at + way:.1f} {y - 4}L{at:.1f} {y}L{at + way:.1f} {y + 4}" style="stroke:{tint};fill:none"/>'
+                    )
+        out += [
+            f'<circle cx="{x(p):.1f}" cy="{y + 9}" r="2.2" style="fill:{tint};fill-opacity:.55"/>' for p in row.points
+        ]
+        out.append(
+            f'<circle cx="{x(row.mean):.1f}" cy="{y}" r="5" style="fill:{tint}"><title>{escape(row.label)}</title></circle>'
+        )
     return _svg(WIDTH, bottom + 42, out, f"Differences: {axis}")
 
 
@@ -151,7 +176,9 @@ def curves(panels: Sequence[tuple[str, Sequence[Curve]]], y_axis: str, baseline:
         start = left + p * (each + gap)
         ends = [pt[0] for c in group for pt in c.points]
         x = Scale(0.0, max(ends, default=1.0) or 1.0, start, start + each)
-        out.append(f'<clipPath id="{mark}{p}"><rect x="{start:.1f}" y="{top}" width="{each:.1f}" height="{height}"/></clipPath>')
+        out.append(
+            f'<clipPath id="{mark}{p}"><rect x="{start:.1f}" y="{top}" width="{each:.1f}" height="{height}"/></clipPath>'
+        )
         out += [_vertical(x, top, top + height, axis), _horizontal(y, start, start + each, p == 0)]
         out.append(f'<g clip-path="url(#{mark}{p})">')
         for c in group:
@@ -159,7 +186,9 @@ def curves(panels: Sequence[tuple[str, Sequence[Curve]]], y_axis: str, baseline:
             out += [f'<path class="line faint" d="{_path(points, x, y)}" style="{tint}"/>' for points in c.faint]
         for c in group:
             tint = _stroke(c.name, names, baseline)
-            out.append(f'<path class="line" d="{_path(c.points, x, y)}" style="{tint}"><title>{escape(c.name)}</title></path>')
+            out.append(
+                f'<path class="line" d="{_path(c.points, x, y)}" style="{tint}"><title>{escape(c.name)}</title></path>'
+            )
         out.append("</g>")
     out.append(_text(4, top - 10, y_axis, "start", "soft"))
     return _svg(WIDTH, top + height + 44, out, f"{y_axis} against {', '.join(axis for axis, _ in panels)}")
@@ -181,31 +210,38 @@ def bars(rows: Sequence[tuple[str, float]], axis: str) -> str:
     return _svg(WIDTH, bottom + 42, out, axis)
 
 
-def dots(points: Sequence[tuple[float | str, float, bool, str]], x_axis: str, y_axis: str) -> str:
-    """Dots (x, y, complete or not, hint); x is a number, logarithmic where it spans decades, or a name."""
+def dots(points: Sequence[Dot], x_axis: str, y_axis: str, names: Sequence[str]) -> str:
+    """Trials against one parameter, on a logarithmic axis where it spans decades; a colour for each of ``names``."""
     width, height, left = 460.0, 250.0, 56.0
-    known = [p for p in points if math.isfinite(p[1])]
-    y = Scale(*_pad([p[1] for p in known if p[2]] or [p[1] for p in known]), 20 + height, 20)
-    names = sorted({str(p[0]) for p in known if isinstance(p[0], str)})
-    numbers = [float(p[0]) for p in known if not isinstance(p[0], str)]
-    out = [_horizontal(y, left, width - 12, True)]
-    if names or not numbers:
-        step = (width - 12 - left) / max(1, len(names))
-        at = {name: left + step * (i + 0.5) for i, name in enumerate(names)}
-        out += [_text(v, 38 + height, name, "middle", "soft") for name, v in at.items()]
-        out.append(_text((left + width - 12) / 2, 58 + height, x_axis, "middle"))
+    legend, top = _legend(list(names), None, width) if len(names) > 1 else ("", 28.0)
+    known = [p for p in points if math.isfinite(p.y)]
+    y = Scale(*_pad([p.y for p in known if p.complete] or [p.y for p in known]), top + height, top)
+    words = sorted({p.x for p in known if isinstance(p.x, str)})
+    numbers = [p.x for p in known if not isinstance(p.x, str)]
+    out = [legend, _horizontal(y, left, width - 12, True)]
+    if words or not numbers:
+        step = (width - 12 - left) / max(1, len(words))
+        at = {word: left + step * (i + 0.5) for i, word in enumerate(words)}
+        out += [_text(v, top + 18 + height, word, "middle", "soft") for word, v in at.items()]
+        out.append(_text((left + width - 12) / 2, top + 38 + height, x_axis, "middle"))
         place = lambda v: at[str(v)]
     else:
-        log = min(numbers) > 0 and max(numbers) / min(numbers) >= 30
+        log = min(numbers) > 0 and max(numbers) / min(numbers) >= 10
         x = Scale(*((min(numbers) / 1.2, max(numbers) * 1.2) if log else _pad(numbers)), left, width - 12, log)
-        out.append(_vertical(x, 20, 20 + height, x_axis))
+        out.append(_vertical(x, top, top + height, x_axis))
         place = lambda v: x(float(v))
-    for value, height_, complete, hint in known:
-        cy = min(max(y(height_), 20), 20 + height)
-        fill = f"fill:{colour(0)};fill-opacity:.8" if complete else "fill:none;stroke:var(--soft)"
-        out.append(f'<circle cx="{place(value):.1f}" cy="{cy:.1f}" r="4" style="{fill}"><title>{escape(hint)}</title></circle>')
-    out.append(_text(4, 12, y_axis, "start", "soft"))
-    return _svg(width, height + 66, out, f"{y_axis} against {x_axis}")
+    for p in known:
+        tint = (
+            f"fill:{colour(p.place)};fill-opacity:.8"
+            if p.complete
+            else f"fill:none;stroke:{colour(p.place)};stroke-opacity:.6"
+        )
+        cy = min(max(y(p.y), top), top + height)
+        out.append(
+            f'<circle cx="{place(p.x):.1f}" cy="{cy:.1f}" r="4" style="{tint}"><title>{escape(p.hint)}</title></circle>'
+        )
+    out.append(_text(4, top - 14, y_axis, "start", "soft"))
+    return _svg(width, top + height + 46, out, f"{y_axis} against {x_axis}")
 
 
 def _window(curves: Sequence[Curve]) -> tuple[float, float]:
@@ -230,13 +266,16 @@ def _stroke(name: str, names: list[str], baseline: str | None) -> str:
     return f"stroke:{colour(place)};stroke-dasharray:{DASHES[place // 8 % 4] or 'none'}"
 
 
-def _legend(names: list[str], baseline: str | None) -> tuple[str, float]:
+def _legend(names: list[str], baseline: str | None, room: float = WIDTH) -> tuple[str, float]:
     out, x, y = [], 8.0, 14.0
     for name in names:
         width = 40 + LETTER * len(name)
-        if x + width > WIDTH:
+        if x + width > room:
             x, y = 8.0, y + 20
-        out.append(f'<path class="line" d="M{x} {y}h22" style="{_stroke(name, names, baseline)}"/>' + _text(x + 28, y + 4, name))
+        out.append(
+            f'<path class="line" d="M{x} {y}h22" style="{_stroke(name, names, baseline)}"/>'
+            + _text(x + 28, y + 4, name)
+        )
         x += width + 10
     return "".join(out), y + 36
 
@@ -257,7 +296,13 @@ def _vertical(x: Scale, top: float, bottom: float, label: str) -> str:
     out = [f'<path class="rule" d="M{x(v):.1f} {top}V{bottom}"/>' for v in marks]
     wide = min((b - a for a, b in pairwise([x(v) for v in marks])), default=99.0) < 34
     out += [_text(x(v), bottom + 18, number(v), "middle", "soft") for v in marks[:: 2 if wide else 1]]
-    return "".join([*out, f'<path class="axis" d="M{x.start:.1f} {bottom}H{x.end:.1f}"/>', _text((x.start + x.end) / 2, bottom + 38, label, "middle")])
+    return "".join(
+        [
+            *out,
+            f'<path class="axis" d="M{x.start:.1f} {bottom}H{x.end:.1f}"/>',
+            _text((x.start + x.end) / 2, bottom + 38, label, "middle"),
+        ]
+    )
 
 
 def _horizontal(y: Scale, left: float, right: float, labels: bool) -> str:

@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,8 +24,8 @@ class Comparison:
 
     ``low`` and ``high`` bound the mean difference (t interval, 95 %, each arm for itself); ``effect`` is Cohen's d_z;
     ``p`` is the two-sided sign-flip test's ("sign-flip") or, with many pairs, the paired t-test's ("t"); ``p_t`` is always
-    the latter; ``p_holm`` is ``p`` corrected for the number of arms; ``detectable`` is the difference that the t-test
-    would find with a probability of 80 %, given this spread. NaN where there are too few pairs.
+    the latter; ``p_holm`` and ``p_t_holm`` are corrected for the number of arms; ``detectable`` is the difference that
+    the t-test would find with a probability of 80 %, given this spread. NaN where there are too few pairs.
     """
 
     arm: str
@@ -40,12 +40,18 @@ class Comparison:
     test: str
     p_t: float
     p_holm: float
+    p_t_holm: float
     detectable: float
 
     @property
     def clear(self) -> bool:
-        """Whether the difference survives the correction for several arms."""
+        """Whether the difference survives the correction for several arms, in the test that assumes least."""
         return self.p_holm < ALPHA
+
+    @property
+    def likely(self) -> bool:
+        """Whether it does so only if differences between seeds are normally distributed."""
+        return not self.clear and self.p_t_holm < ALPHA
 
 
 def t_cdf(t: float, df: int) -> float:
@@ -164,9 +170,9 @@ def seeds_warning(seeds: int, arms: int) -> str | None:
     corrected = f", corrected for {arm_words} {min(1.0, arms * smallest):.3g}" if arms > 1 else ""
     return (
         f"{seeds} seeds are too few: with {seeds} pairs the smallest p that the two-sided sign-flip test can give is "
-        f"{smallest:.3g}{corrected}, whatever the runs say, so no difference here can be called significant. "
-        f"{needed} seeds or more are needed for {arm_words}. The intervals below additionally assume that differences between "
-        "seeds are normally distributed."
+        f"{smallest:.3g}{corrected}, whatever the runs say: no difference here is significant by it. {needed} seeds or more are "
+        f"needed for {arm_words}. The intervals and the t-test say more only by assuming that differences between seeds are "
+        "normally distributed, which so few seeds cannot check."
     )
 
 
@@ -175,8 +181,8 @@ def compare(values: Mapping[str, Mapping[int, float]], baseline: str) -> list[Co
     if baseline not in values:
         raise ValueError(f"baseline={baseline!r}: is not among the arms {sorted(values)}")
     found = [_compare(values[arm], values[baseline], arm, baseline) for arm in values if arm != baseline]
-    corrected = holm([c.p if len(c.seeds) >= 2 else math.nan for c in found])
-    return [Comparison(**{**vars(c), "p_holm": p}) for c, p in zip(found, corrected, strict=True)]
+    corrected, corrected_t = holm([c.p for c in found]), holm([c.p_t for c in found])
+    return [replace(c, p_holm=p, p_t_holm=p_t) for c, p, p_t in zip(found, corrected, corrected_t, strict=True)]
 
 
 def _compare(arm: Mapping[int, float], base: Mapping[int, float], name: str, baseline: str) -> Comparison:
@@ -198,6 +204,7 @@ def _compare(arm: Mapping[int, float], base: Mapping[int, float], name: str, bas
         test="sign-flip" if exact else "t",
         p_t=p_t,
         p_holm=math.nan,
+        p_t_holm=math.nan,
         detectable=detectable_difference(differences),
     )
 

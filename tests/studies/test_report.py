@@ -78,13 +78,14 @@ def ablation(folder: Path, seeds: int) -> StudyRecord:
     )
 
 
-def search(folder: Path, trials: int = 20) -> StudyRecord:
+def search(folder: Path, trials: int = 20, arms: tuple[str, ...] = ("search",)) -> StudyRecord:
     """A real Optuna study of a made-up function in which only the learning rate matters."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
 
     def objective(t: optuna.Trial) -> float:
         lr = t.suggest_float("optim.lr", 1e-4, 1e-1, log=True)
+        t.set_user_attr("arm", arms[t.number % len(arms)])
         t.suggest_categorical("model.norm", ["timestep", "layer"])
         if t.number % 5 == 4:
             t.report(3.0, 20)
@@ -95,7 +96,7 @@ def search(folder: Path, trials: int = 20) -> StudyRecord:
     records = [
         trial(
             t.number,
-            "search",
+            arms[t.number % len(arms)],
             0,
             t.value if t.state.name == "COMPLETE" else 3.0,
             folder,
@@ -105,7 +106,17 @@ def search(folder: Path, trials: int = 20) -> StudyRecord:
         )
         for t in study.trials
     ]
-    return StudyRecord("lr", "search", "Which rate?", "val/loss", "minimize", [], records, folder, study=study)
+    return StudyRecord(
+        "lr",
+        "search",
+        "Which rate?",
+        "val/loss",
+        "minimize",
+        [Arm(name, []) for name in arms],
+        records,
+        folder,
+        study=study,
+    )
 
 
 def svgs(html: str) -> list[ET.Element]:
@@ -117,9 +128,16 @@ def test_an_ablation_finds_the_arm_that_matters_and_only_that(tmp_path: Path) ->
     assert result.baseline == "gecko"
     assert [c.arm for c in result.comparisons if c.clear] == ["no_awm"]
     assert "no_awm worsens val/loss by 0.1" in result.answer
-    assert "2 other arms cannot be told from it" in result.answer
+    assert "Not told from gecko with 8 seeds: real_ema, a<b> & long_name" in result.answer
     assert result.warnings == []
     assert result.missing == []
+
+
+def test_few_seeds_are_not_called_significant_but_a_normal_assumption_is_named(tmp_path: Path) -> None:
+    result = analyse(ablation(tmp_path, 4))
+    assert not any(c.clear for c in result.comparisons)
+    assert "Only if differences between seeds are normally distributed: no_awm worsens" in result.answer
+    assert "4 seeds are too few" in result.warnings[0]
 
 
 def test_the_page_is_whole_and_by_itself(tmp_path: Path) -> None:
@@ -134,11 +152,19 @@ def test_the_page_is_whole_and_by_itself(tmp_path: Path) -> None:
     assert len(ids) == len(set(ids))
 
 
-def test_the_command_writes_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_every_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     study = ablation(tmp_path, 3)
     for t in study.trials:
         t.run_dir.mkdir(parents=True)
-        facts = {"git_commit": "abc", "python": "3.11", "cpu_threads": 1, "versions": {"torch": "2.13"}, "data": {"fingerprint": "f00d"}}
+        facts = {
+            "git_commit": "abc",
+            "python": "3.11",
+            "cpu_threads": 1,
+            "versions": {"torch": "2.13"},
+            "data": {"fingerprint": "f00d"},
+        }
         (t.run_dir / "environment.json").write_text(json.dumps([facts]))
     monkeypatch.setattr("gecko_lab.studies.records.load_study", lambda where, name=None: study)
     assert report.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
@@ -208,6 +234,17 @@ def test_a_search_names_its_best_and_what_mattered(tmp_path: Path) -> None:
     assert not analyse(search(tmp_path, 4)).importances
 
 
+def test_a_search_over_arms_keeps_them_apart(tmp_path: Path) -> None:
+    result = analyse(search(tmp_path, 40, ("gecko", "llama")))
+    assert re.search(r"The best val/loss of each arm.*(gecko|llama): 2\..*; (gecko|llama): 2\.", result.answer)
+    assert set(result.importances) == {
+        f"{arm}: {name}" for arm in ("gecko", "llama") for name in ("optim.lr", "model.norm")
+    }
+    assert [row[0] for row in exhibits.results(result).rows] == ["gecko"] * 3 + ["llama"] * 3
+    assert [c.name for c in curves(result, "val/loss", "tokens")] == ["gecko", "llama"]
+    assert "gecko" in page(result)
+
+
 def test_mean_curves_go_by_step(tmp_path: Path) -> None:
     study = ablation(tmp_path, 2)
     (curve, *_) = curves(analyse(study), "val/loss", "seconds")
@@ -238,4 +275,6 @@ def test_odd_values_do_not_break_a_figure() -> None:
     wild = figures.Row("w", 0.1, -math.inf, math.inf, (0.1,), "w", 0)
     far = figures.Row("f", 0.1, -50.0, 50.0, (0.0, 0.2), "f", 9)
     assert "nan" not in figures.forest([wild, far], "d", "left")
-    assert "nan" not in figures.dots([(1e-3, 2.0, True, ""), (1e-3, math.nan, False, "")], "x", "y")
+    assert "nan" not in figures.dots(
+        [figures.Dot(1e-3, 2.0, True, ""), figures.Dot(1e-3, math.nan, False, "")], "x", "y", []
+    )

@@ -12,7 +12,14 @@ from gecko_lab.studies import statistics as st
 
 @pytest.mark.parametrize(
     ("df", "probability", "quantile"),
-    [(1, 0.975, 12.7062), (2, 0.975, 4.30265), (3, 0.95, 2.35336), (4, 0.995, 4.60409), (9, 0.975, 2.26216), (30, 0.975, 2.04227)],
+    [
+        (1, 0.975, 12.7062),
+        (2, 0.975, 4.30265),
+        (3, 0.95, 2.35336),
+        (4, 0.995, 4.60409),
+        (9, 0.975, 2.26216),
+        (30, 0.975, 2.04227),
+    ],
 )
 def test_t_distribution_is_the_tabled_one(df: int, probability: float, quantile: float) -> None:
     assert st.t_quantile(probability, df) == pytest.approx(quantile, rel=2e-6)
@@ -29,7 +36,9 @@ def test_t_distribution_approaches_the_normal() -> None:
 def test_interval_covers_as_often_as_it_says(n: int) -> None:
     rng = np.random.default_rng(n)
     runs = 4000
-    covered = sum(low <= 0.3 <= high for low, high in (st.t_interval(rng.normal(0.3, 2.0, n).tolist()) for _ in range(runs)))
+    covered = sum(
+        low <= 0.3 <= high for low, high in (st.t_interval(rng.normal(0.3, 2.0, n).tolist()) for _ in range(runs))
+    )
     assert covered / runs == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / runs))
 
 
