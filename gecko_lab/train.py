@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from .config import TrainConfig
 from .errors import LabError, RunError
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ def make_trainer(config: Any, folder: Any, callbacks: list[Any], logger: Any) ->
     precision, plugins = trainer_options(options.precision, options.accelerator)
     if options.progress and sys.stderr.isatty():
         callbacks = [*callbacks, RichProgressBar(leave=True)]
-    cluster = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []  # callbacks.Interrupt requeues
+    # callbacks.Interrupt requeues
+    cluster = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     return L.Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
@@ -61,7 +63,7 @@ def make_trainer(config: Any, folder: Any, callbacks: list[Any], logger: Any) ->
     )
 
 
-def train(config: Any, run_dir: str | Path, config_yaml: str = "") -> dict[str, float]:
+def train(config: TrainConfig, run_dir: str | Path) -> dict[str, float]:
     """Run the whole job in ``run_dir``; returns the final validation metrics.
 
     Raises LabError for what the user can mend. Exits with code 75 when a signal stopped the run after a checkpoint.
@@ -71,12 +73,12 @@ def train(config: Any, run_dir: str | Path, config_yaml: str = "") -> dict[str, 
     folder = RunFolder(run_dir)
     try:
         with disk_errors(folder.path):
-            return _train(config, folder, config_yaml)
+            return _train(config, folder)
     finally:
         folder.release()
 
 
-def _train(config: Any, folder: Any, config_yaml: str) -> dict[str, float]:
+def _train(config: TrainConfig, folder: Any) -> dict[str, float]:
     import lightning as L
     from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -101,9 +103,8 @@ def _train(config: Any, folder: Any, config_yaml: str) -> dict[str, float]:
     backend.set_mode(config.kernels)
     L.seed_everything(config.seed, workers=True, verbose=False)
 
-    data = LabData(
-        config.data, config.seed, config.trainer.batch_size, total_batches=config.trainer.max_steps * config.trainer.accumulate
-    )
+    batches = config.trainer.max_steps * config.trainer.accumulate
+    data = LabData(config.data, config.seed, config.trainer.batch_size, total_batches=batches)
     data.setup()
     if data.tokenizer.vocab_size > config.model.vocab_size:
         raise RunError(
@@ -113,7 +114,9 @@ def _train(config: Any, folder: Any, config_yaml: str) -> dict[str, float]:
     module = LitLanguageModel(config, bos_id=data.tokenizer.bos_id, stream=config.data.mode == "stream")
     facts = {"parameters": module.model.num_parameters(), **data.describe()}
     start = resume.find(config.resume, folder.checkpoints, config.model)
+    resolved = OmegaConf.structured(config)
     if first:
+        config_yaml = OmegaConf.to_yaml(resolved, resolve=True)
         changed = folder.changed(config_yaml)
         resumed = {"resumed_from": str(start.path), "step": start.step, "changed": changed} if config.resume else {}
         folder.record(config_yaml, environment(kernels=config.kernels, seed=config.seed, data=facts, **resumed))
@@ -130,7 +133,7 @@ def _train(config: Any, folder: Any, config_yaml: str) -> dict[str, float]:
     logger = TensorBoardLogger(save_dir=str(folder.path), name="", version="tensorboard", default_hp_metric=False)
     trainer = make_trainer(config, folder, [recorder, guard, saver, Interrupt(saver)], logger)
     if first:
-        write_hyperparameters(logger.experiment, _flat(OmegaConf.to_container(OmegaConf.structured(config))))
+        write_hyperparameters(logger.experiment, _flat(OmegaConf.to_container(resolved)))
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(start.path) if start.path else None)
     except Interrupted:
@@ -191,7 +194,8 @@ def _introduce(config: Any, module: Any, facts: dict[str, Any], folder: Any) -> 
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"model     {model.family}: {facts['parameters']:,} parameters, {model.num_layers} layers of {parts}")
     console.print(f"data      {data_line(facts)}")
-    console.print(f"baseline  {facts['val_unigram_bits_per_byte']:.3f} bits per byte: the unigram entropy of the validation text")
+    baseline = facts["val_unigram_bits_per_byte"]
+    console.print(f"baseline  {baseline:.3f} bits per byte: the unigram entropy of the validation text")
     console.print(f"run       {folder.path}")
 
 
@@ -199,7 +203,8 @@ def data_line(facts: dict[str, Any]) -> str:
     """One line on what is read."""
     return (
         f"{facts['data']}: {facts['train_documents']:,} documents, {facts['train_bytes'] / 1e6:.1f} MB to train on, "
-        f"{facts['val_documents']:,} documents, {facts['val_bytes'] / 1e6:.2f} MB to validate (fingerprint {facts['fingerprint'][:12]})"
+        f"{facts['val_documents']:,} documents, {facts['val_bytes'] / 1e6:.2f} MB to validate "
+        f"(fingerprint {facts['fingerprint'][:12]})"
     )
 
 
@@ -231,7 +236,8 @@ def _conclude(config: Any, model: Any, data: Any, results: dict[str, float], fol
     baseline = data.describe()["val_unigram_bits_per_byte"]
     ours = results["val/bits_per_byte"]
     console.print(
-        f"validation: {ours:.3f} bits per byte (loss {results['val/loss']:.3f} nats, perplexity {results['val/perplexity']:.2f}), "
+        f"validation: {ours:.3f} bits per byte "
+        f"(loss {results['val/loss']:.3f} nats, perplexity {results['val/perplexity']:.2f}), "
         f"{abs(1 - ours / baseline):.0%} {'below' if ours < baseline else 'above'} the unigram model's {baseline:.3f}",
         highlight=False,
     )
@@ -279,7 +285,7 @@ def _main(arguments: list[str]) -> int:
 
         try:
             config = build.to_config(node)
-            return train(config, HydraConfig.get().runtime.output_dir, OmegaConf.to_yaml(node, resolve=True))["val/loss"]
+            return train(config, HydraConfig.get().runtime.output_dir)["val/loss"]
         except LabError as error:
             cli.complain(error)
             code = cli.USER_ERROR

@@ -234,7 +234,7 @@ def test_records_are_valid_json_and_rewind(tmp_path: Path) -> None:
 def start(folder: Path, text: Path, *overrides: str) -> list[dict[str, Any]]:
     from gecko_lab.train import train
 
-    train(build_config(*RUN, f"data.path={text}", *overrides), folder, "seed: 0\n")
+    train(build_config(*RUN, f"data.path={text}", *overrides), folder)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from omegaconf import OmegaConf
 
 from gecko_lab.build import build_config
 from gecko_lab.train import train
@@ -20,5 +19,5 @@ def make_run(folder: Path, *overrides: str) -> dict[str, float]:
     for i in range(12):
         (text / f"{i:02}.txt").write_text(f"Document {i}. " + "The gecko climbs, \u58c1 and \u00e9. " * (4 + 2 * i))
     config = build_config(*SIZES, "data=text", f"data.path={text}", "data.val_fraction=0.3", *overrides)
-    return train(config, folder / "run", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    return train(config, folder / "run")
 
