@@ -34,7 +34,8 @@ class ShardedStrategy(ModelParallelStrategy):
         """Gathered on rank 0, parameters numbered in the optimiser's own order as in a run on one device."""
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         module = _given(self.lightning_module)
-        state = get_optimizer_state_dict(module, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(module, optimizer, options=options)
         return _renamed(state, {name: i for i, name in enumerate(_names(module, optimizer))}) if state else {}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

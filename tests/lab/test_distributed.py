@@ -46,7 +46,8 @@ def curve(folder: Path, name: str) -> list[float]:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     for i in range(12):
-        (folder / f"{i:02}.txt").write_text(f"Document {i}. " + "The gecko climbs the wall and sees the moon. " * (5 + i))
+        sentence = "The gecko climbs the wall and sees the moon. "
+        (folder / f"{i:02}.txt").write_text(f"Document {i}. " + sentence * (5 + i))
     return folder
 
 
@@ -104,7 +105,9 @@ def test_fsdp_is_the_same_run_and_resumes_from_its_one_file(tmp_path: Path, text
         ({"SLURM_PROCID": "0"}, True),
     ],
 )
-def test_one_process_of_all_is_the_first(variables: dict[str, str], first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_of_all_is_the_first(
+    variables: dict[str, str], first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

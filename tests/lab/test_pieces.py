@@ -61,7 +61,7 @@ def test_pieces_give_the_gradient_of_the_whole_row(family: str, piece_len: int, 
 
 
 def test_the_gradient_crosses_the_cut() -> None:
-    """Detached pieces, truncated back-propagation, give other gradients: what the test above would not see otherwise."""
+    """Detached pieces, truncated back-propagation, give other gradients: so the test above can fail."""
     model = make("gecko")
     whole = run(model, 0, None)[2]
     tokens, targets = a_row(45)
@@ -124,7 +124,8 @@ def peak_bytes(work: Callable[[], None]) -> int:
 @pytest.mark.parametrize("family", ["gecko", "megalodon"])
 def test_memory_is_that_of_one_piece_and_the_states(family: str) -> None:
     torch.manual_seed(0)
-    model = gecko_lab.build_model(f"model={family}", "model.num_layers=2", "model.dim=64", "model.ffn_dim=96", "model.chunk_size=32")
+    sizes = ["model.num_layers=2", "model.dim=64", "model.ffn_dim=96", "model.chunk_size=32"]
+    model = gecko_lab.build_model(f"model={family}", *sizes)
     row = torch.randint(0, 257, (1, 641))
 
     def step(length: int, piece_len: int) -> int:

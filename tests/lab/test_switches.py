@@ -31,7 +31,9 @@ def a_batch(length: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
     return row[:, :-1], row[:, 1:]
 
 
-def head_inputs(dtype: torch.dtype, rows: int = 3, length: int = 11, dim: int = 8, vocab: int = 29) -> list[torch.Tensor]:
+def head_inputs(
+    dtype: torch.dtype, rows: int = 3, length: int = 11, dim: int = 8, vocab: int = 29
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, length, dim, generator=generator).to(dtype).requires_grad_()
     w = torch.randn(vocab, dim, generator=generator).to(dtype).requires_grad_()
