@@ -26,7 +26,8 @@ def optimizer_stepped(trainer: L.Trainer, batch_idx: int) -> bool:
 
 def validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether a validation comes between this batch and the next."""
-    return (batch_idx + 1) % trainer.val_check_batch == 0
+    every = trainer.val_check_batch
+    return bool(every) and (batch_idx + 1) % every == 0
 
 
 class Saver(L.Callback):
@@ -65,9 +66,10 @@ class Saver(L.Callback):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         loss = trainer.callback_metrics.get("val/loss")
-        better = self.config.keep_best and loss is not None and float(loss) < self.best
+        value = math.inf if loss is None else float(loss)
+        better = self.config.keep_best and value < self.best
         if better:
-            self.best = float(loss)
+            self.best = value
         saved = self.save(trainer) if self._due(trainer) else None
         if better and saved is None:
             trainer.save_checkpoint(self.folder / "best.ckpt")

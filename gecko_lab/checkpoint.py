@@ -69,7 +69,7 @@ def load(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         with path.open("rb") as file:
             _verify(path, file)
             file.seek(0)
-            return torch.load(file, map_location=map_location, weights_only=True)  # type: ignore[no-any-return]
+            return torch.load(file, map_location=map_location, weights_only=True)
     except OSError as error:
         raise RunError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:

@@ -47,7 +47,7 @@ class TrainerConfig:
     compile: bool = option(False, "torch.compile every block")
     piece_len: int = option(0, "tokens of a row in memory at once, state and gradient carried between; 0: whole rows")
     deterministic: bool = option(False, "only operations that repeat bit for bit where torch has them, else a warning")
-    on_nonfinite: str = option("stop", "NaN or Inf in loss or gradients: stop (with a dump of the step) or skip the update")
+    on_nonfinite: str = option("stop", "NaN or Inf in loss or gradient: stop (with a dump of the step) or skip (it)")
     max_skipped: int = option(10, "skip: updates that may be left out before the run stops after all")
     loss_chunk: int = option(4096, "positions whose logits exist at once; 0: all")
     progress: bool = option(True, "progress bar")
@@ -132,6 +132,11 @@ def check(config: TrainConfig) -> None:
     for name in ("warmup_steps", "weight_decay", "clip"):
         value = getattr(config.optim, name)
         need(value >= 0, f"optim.{name}", value, "must not be negative")
-    for section, name in (("checkpoint", "every_n_steps"), ("log", "every_n_steps"), ("log", "validate_every_n_steps")):
+    for section, name in (
+        ("checkpoint", "every_n_steps"),
+        ("checkpoint", "keep_last"),
+        ("log", "every_n_steps"),
+        ("log", "validate_every_n_steps"),
+    ):
         value = getattr(getattr(config, section), name)
         need(value >= 1, f"{section}.{name}", value, "must be at least 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import random
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from .optim import make_optimizer
 from .pieces import row_losses
 from .strategies import ShardedStrategy, shard, whole
 
+log = logging.getLogger(__name__)
 Batch = dict[str, Any]
 
 
@@ -43,8 +45,7 @@ class LitLanguageModel(L.LightningModule):
         self.gradient_norm: Tensor | None = None
         self.check_gradient: Callable[[Tensor], None] | None = None  # told the norm before each update
         self._configured = False
-        self._rng: dict[str, Any] | None = None
-        self._stream_leaves: list[Any] | None = None
+        self._saved: list[dict[str, Any]] | None = None  # what each process had when the checkpoint was written
 
     @property
     def optim(self) -> OptimConfig:
@@ -108,26 +109,36 @@ class LitLanguageModel(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["gecko_lab"] = {
             "model": dataclasses.asdict(self.config.model),
-            "stream_state": states.flatten(states.detach(self.state))[0] if self.state is not None else None,
-            "rng": _rng_state(),
+            "processes": _of_all_processes({
+                "stream_state": None if self.state is None else states.flatten(states.to(self.state, "cpu"))[0],
+                "rng": _rng_state(),
+            }),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_architecture(checkpoint, self.config.model)
         extra = checkpoint["gecko_lab"]
-        self._rng, self._stream_leaves = extra.get("rng"), extra.get("stream_state")
+        self._saved = extra["processes"]
 
     def on_train_start(self) -> None:
-        if self._stream_leaves is not None:
-            self.state = self._restore_stream(self._stream_leaves)
-            self._stream_leaves = None
-        if self._rng is not None:  # last, as the probe of the state's structure draws dropout
-            _set_rng_state(self._rng)
-            self._rng = None
+        """Carried state and random state of this process; the second last, as the probe in the first draws dropout."""
+        if self._saved is None:
+            return
+        rank, processes = self.global_rank, len(self._saved)
+        if self.stream and self._saved[0]["stream_state"] is not None:
+            self.state = self._restore_stream([saved["stream_state"] for saved in self._saved])
+        if processes != self.trainer.world_size:
+            log.warning("saved by %d processes, resumed by %d: dropout will differ", processes, self.trainer.world_size)
+        if rank < processes:
+            _set_rng_state(self._saved[rank]["rng"])
+        self._saved = None
 
-    def _restore_stream(self, leaves: list[Any]) -> ModelState:
-        """Saved leaves into this model's own state structure, learnt by reading one token."""
-        rows = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor))
+    def _restore_stream(self, saved: list[list[Any]]) -> ModelState:
+        """This process's rows of what all processes saved, in the state's structure, learnt by reading one token."""
+        whole = [torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0] for parts in zip(*saved, strict=True)]
+        rows = next(leaf.shape[0] for leaf in whole if isinstance(leaf, Tensor)) // self.trainer.world_size
+        mine = slice(rows * self.global_rank, rows * (self.global_rank + 1))
+        leaves = [leaf[mine].clone() if isinstance(leaf, Tensor) else leaf for leaf in whole]
         probe = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
         with torch.no_grad():
             _, like = self.model.features(probe, None, self.bos_id)
@@ -143,6 +154,14 @@ def check_architecture(checkpoint: dict[str, Any], model: ModelConfig) -> None:
             "the checkpoint is of another architecture; it differs in "
             + ", ".join(f"model.{k} (checkpoint {saved.get(k)}, here {here[k]})" for k in different)
         )
+
+
+def _of_all_processes(mine: dict[str, Any]) -> list[dict[str, Any]]:
+    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return [mine]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, mine)
+    return gathered
 
 
 def _rng_state() -> dict[str, Any]:

@@ -53,11 +53,8 @@ class NonFiniteGuard(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.batches, self.losses = [], []
-            on_gpu = pl_module.device.type == "cuda"
-            self.before = {
-                "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(pl_module.device) if on_gpu else None},
-                "stream_state": pl_module.state,
-            }
+            cuda = torch.cuda.get_rng_state(pl_module.device) if pl_module.device.type == "cuda" else None
+            self.before = {"rng": {"torch": torch.get_rng_state(), "cuda": cuda}, "stream_state": pl_module.state}
         self.batches.append(batch)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -70,13 +67,14 @@ class NonFiniteGuard(L.Callback):
             loss = trainer.strategy.reduce(loss, reduce_op="sum")  # every process decides alike
         if bool(torch.isfinite(norm + loss)):
             return
-        step = trainer.global_step + 1
-        what = f"step {step}: loss {float(loss) / len(self.losses) / trainer.world_size:g}, gradient norm {float(norm):g}"
-        if self.options.on_nonfinite == "skip" and self.skipped < self.options.max_skipped:
+        step, skip = trainer.global_step + 1, self.options.on_nonfinite == "skip"
+        mean = float(loss) / len(self.losses) / trainer.world_size
+        what = f"step {step}: loss {mean:g}, gradient norm {float(norm):g}"
+        if skip and self.skipped < self.options.max_skipped:
             self._skip(trainer, module, step, what)
             return
         path = self.dump(trainer, module, step, norm)
-        limit = f" after {self.skipped} skipped updates (trainer.max_skipped)" if self.options.on_nonfinite == "skip" else ""
+        limit = f" after {self.skipped} skipped updates (trainer.max_skipped)" if skip else ""
         raise NonFinite(
             f"{what}: the run stops{limit}, before this update. See where it begins with "
             f"python -m gecko_lab.replay {path} ; or go on with resume=auto trainer.on_nonfinite=skip"
@@ -89,7 +87,7 @@ class NonFiniteGuard(L.Callback):
         module.state = self.before["stream_state"]
         log.warning("%s: update skipped (%d of at most %d)", what, self.skipped, self.options.max_skipped)
         if trainer.is_global_zero:
-            values = {"train/skipped_steps": self.skipped}
+            values = {"train/skipped_steps": float(self.skipped)}
             MetricsFile(self.folder / "metrics.jsonl").append(step, values)
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=step)

@@ -61,7 +61,8 @@ def replay(path: Path, device: str = "auto") -> Report:
             if isinstance(part, nn.Linear | nn.Embedding):
                 part.to(torch.bfloat16)
     backend.set_mode(facts["kernels"])
-    report = Report(facts["step"], recorded=[float(x) for x in facts["losses"]], recorded_norm=float(facts["gradient_norm"]))
+    report = Report(facts["step"], recorded_norm=float(facts["gradient_norm"]))
+    report.recorded = [float(x) for x in facts["losses"]]
     report.weights = [f"{n}: {_count(p)}" for n, p in model.named_parameters() if not p.isfinite().all()]
     state = _stream_state(model, dump["gecko_lab"]["stream_state"], facts["bos_id"], place)
     _watch(model, report)
@@ -100,14 +101,16 @@ def _watch(model: nn.Module, report: Report) -> None:
     """Note every module whose output, or whose output's gradient, has a number that is not finite."""
 
     def forward(name: str, kind: str) -> Any:
+        def note(found: list[str], x: Tensor) -> None:
+            if not x.isfinite().all():
+                found.append(f"{name} ({kind}): {_count(x)}")
+
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             y = output[0] if isinstance(output, tuple) else output
-            if not isinstance(y, Tensor):
-                return
-            if not y.isfinite().all():
-                report.forward.append(f"{name} ({kind}): {_count(y)}")
-            if y.requires_grad:
-                y.register_hook(lambda g: None if g.isfinite().all() else report.backward.append(f"{name} ({kind}): {_count(g)}"))
+            if isinstance(y, Tensor):
+                note(report.forward, y)
+                if y.requires_grad:
+                    y.register_hook(lambda gradient: note(report.backward, gradient))
 
         return hook
 
@@ -116,7 +119,8 @@ def _watch(model: nn.Module, report: Report) -> None:
 
 
 def _count(x: Tensor) -> str:
-    return f"{int(x.isnan().sum())} NaN and {int(x.isinf().sum())} infinite of {x.numel()} numbers, shape {tuple(x.shape)}"
+    nan, infinite = int(x.isnan().sum()), int(x.isinf().sum())
+    return f"{nan} NaN and {infinite} infinite of {x.numel()} numbers, shape {tuple(x.shape)}"
 
 
 def main() -> int:

@@ -31,7 +31,7 @@ def find(resume: str | None, folder: Path, model: ModelConfig) -> Start:
     if resume == "auto":
         found = checkpoint.newest(folder)
         if found is None:
-            log.warning("resume=auto: the run in %s was stopped before its first checkpoint; it starts anew", folder.parent)
+            log.warning("resume=auto: %s was stopped before its first checkpoint; it starts anew", folder.parent)
             return Start(None, 0)
         path, saved = found
     else:

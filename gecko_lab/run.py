@@ -29,7 +29,10 @@ from omegaconf import OmegaConf
 
 from .errors import RunError
 
-PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "omegaconf", "optuna", "tensorboard", "numpy", "cuda-bindings")
+PACKAGES = (
+    "torch", "lightning", "torchmetrics", "hydra-core", "omegaconf", "optuna",
+    "tensorboard", "numpy", "cuda-bindings",
+)
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES}
 
@@ -116,7 +119,8 @@ class RunFolder:
 
     def release(self) -> None:
         """Let another process in; happens by itself when this one ends."""
-        if self._lock is not None:
+        if self._lock is not None and not self._lock.closed:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
             self._lock.close()
 
     def changed(self, config_yaml: str) -> list[str]:
@@ -168,7 +172,7 @@ def git_commit() -> str | None:
     """The commit of the checkout that this package lies in, marked when it has changes; None outside one."""
     here = Path(__file__).resolve().parent
     try:
-        run = lambda *a: subprocess.run(["git", *a], cwd=here, capture_output=True, text=True, timeout=10)  # noqa: E731
+        run = lambda *a: subprocess.run(["git", *a], cwd=here, capture_output=True, text=True, timeout=10)
         tracked = run("ls-files", "--error-unmatch", Path(__file__).name)
         if tracked.returncode:
             return None

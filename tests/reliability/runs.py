@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from gecko_lab import checkpoint
-from gecko_lab.build import build_config
+from gecko_lab.build import compose, to_config
+from gecko_lab.config import TrainConfig
 from gecko_lab.train import train
 
 STEPS = 8
@@ -25,13 +29,28 @@ def write_text(folder: Path) -> Path:
     """A folder of small documents."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(20):
-        (folder / f"{i:02}.txt").write_text(f"Document {i}. " + "The gecko climbs the wall and sees the moon. " * (5 + i))
+        text = "The gecko climbs the wall and sees the moon. " * (5 + i)
+        (folder / f"{i:02}.txt").write_text(f"Document {i}. {text}")
     return folder
+
+
+@cache
+def _composed() -> DictConfig:
+    return compose([*TINY, "data=text", "data.path=unset"])
+
+
+def configure(*overrides: str) -> TrainConfig:
+    """The tiny run with some fields set; composed once, as that takes longer than the run."""
+    node = _composed().copy()
+    for override in overrides:
+        key, _, value = override.partition("=")
+        OmegaConf.update(node, key, yaml.safe_load(value))
+    return to_config(node)
 
 
 def run(folder: Path, text: Path, *overrides: str) -> dict[str, float]:
     """Train in this process, as ``python -m gecko_lab.train`` does."""
-    return train(build_config(*TINY, "data=text", f"data.path={text}", *overrides), folder)
+    return train(configure(f"data.path={text}", *overrides), folder)
 
 
 def record(folder: Path) -> list[tuple[int, str, float]]:

@@ -1,11 +1,14 @@
 """A run that was stopped anywhere and resumed is the run that nothing happened to, bit for bit."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import STEPS, differences, outcome, record, run
+from runs import STEPS, TINY, differences, outcome, record, run
 
 from gecko_lab import checkpoint
 from gecko_lab.callbacks import Saver
@@ -142,3 +145,19 @@ def test_changed_data_is_refused(text: Path, tmp_path: Path) -> None:
         (other / file.name).write_text(file.read_text().replace("moon", "star"))
     with pytest.raises(LabError, match="the data changed since the run began: fingerprint"):
         run(folder, other, "resume=auto")
+
+
+@pytest.mark.slow
+def test_two_processes_resume_with_their_own_streams_and_dropout(text: Path, tmp_path: Path) -> None:
+    options = [*TINY, "data=text", f"data.path={text}", *STREAM, "trainer.devices=2", "trainer.strategy=ddp"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    early = tmp_path / "whole" / "checkpoints" / "step-00000004.ckpt"
+    for name, resume in (("whole", "null"), ("resumed", str(early))):
+        where = [f"hydra.run.dir={tmp_path / name}", f"resume={resume}", "checkpoint.keep_last=9"]
+        command = [sys.executable, "-m", "gecko_lab.train", *options, *where]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    first, second = checkpoint.load(early)["gecko_lab"]["processes"]
+    assert differences(first["stream_state"], second["stream_state"])
+    assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "resumed")) == []
+    assert record(tmp_path / "resumed") == [entry for entry in record(tmp_path / "whole") if entry[0] > 4]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import copy
+import importlib
 import os
 import random
 import resource
@@ -22,27 +22,27 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import lightning.pytorch.loggers
 import torch
-import torch.utils.tensorboard
 
-import gecko_lab.callbacks
-import gecko_lab.data.module
-import gecko_lab.telemetry
+import gecko_lab.run
 from gecko_lab import checkpoint, cli
-from gecko_lab.build import build_config
 from gecko_lab.config import TrainConfig
 from gecko_lab.prepare import main as prepare
 from gecko_lab.train import train
 
-from .runs import STEPS, TINY, differences, outcome, record, write_text
+from .runs import STEPS, configure, differences, outcome, record, write_text
+
+for name in (  # what a run imports late: once here, not in every attempt
+    "lightning.pytorch.loggers", "lightning.pytorch.callbacks", "torch.utils.tensorboard", "gecko_lab.callbacks",
+    "gecko_lab.data.module", "gecko_lab.nonfinite", "gecko_lab.resume", "gecko_lab.strategies", "gecko_lab.telemetry",
+):
+    importlib.import_module(name)
 
 CASES = {
-    "pack, accumulation 2": ["trainer.accumulate=2", "log.validate_every_n_steps=3"],
+    "pack, accumulation 2": ["trainer.accumulate=2", "log.validate_every_n_steps=3", "log.probes=true"],
     "stream, accumulation 2": ["data.mode=stream", "trainer.accumulate=2", "log.validate_every_n_steps=2"],
     "stream, last checkpoint only": ["data.mode=stream", "checkpoint.keep_last=1", "checkpoint.keep_best=false"],
     "pack, sparse checkpoints": ["checkpoint.every_n_steps=3", "log.every_n_steps=2", "log.validate_every_n_steps=2"],
@@ -67,10 +67,8 @@ class Torture:
                 raise Lost("the store cannot be prepared")
 
     def config(self, case: str, resume: str | None) -> TrainConfig:
-        data = ["data=store", f"data.path={self.store}", "checkpoint.every_n_steps=1"]
-        config = copy.deepcopy(build_config(*TINY, *data, *CASES[case]))
-        config.resume = resume
-        return config
+        data = ["data.name=store", f"data.path={self.store}", f"resume={resume or 'null'}"]
+        return configure("checkpoint.every_n_steps=1", "log.probes=false", *CASES[case], *data)
 
     def start(self, case: str, run: Path, limit: int = 0) -> int:
         """Fork an attempt; its process id. ``limit``: bytes that a file may have, as on a full disk."""
@@ -83,7 +81,7 @@ class Torture:
             log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
             if limit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             code = cli.guarded(lambda: train(config, run) and 0)
@@ -126,7 +124,7 @@ class Torture:
             child, began = self.start(case, run), time.perf_counter()
             if kill:
                 fault = self.dice.choice(FAULTS)
-                time.sleep(self.dice.uniform(0, seconds))
+                time.sleep(self.dice.uniform(0, 0.7 * seconds))
                 if fault == "second process":
                     self.second(case, run)
                 number = signal.SIGTERM if fault == "SIGTERM" else signal.SIGKILL
@@ -141,7 +139,7 @@ class Torture:
             if code == 0:
                 seconds = max(seconds, time.perf_counter() - began) if not kill else seconds
                 break
-        if kills:
+        if kills and self.dice.random() < 0.3:
             self.finish(self.start(case, run), 0)  # once more: a complete run takes no harm
             self.counts["resumed although complete"] += 1
         self.compare(case, reference, run)
@@ -175,7 +173,9 @@ class Torture:
             self.refused(case, run, sorted((run / "checkpoints").glob("*.ckpt")), ("can be read",))
             self.counts["all checkpoints damaged: refused"] += 1
         elif fault == "store":
-            self.refused(case, run, [self.dice.choice(sorted(self.store.glob("shard-*")))], ("store", "shard"))
+            read = (".tokens", ".npy"), ("manifest.json",)
+            files = sorted(p for p in self.store.iterdir() if p.suffix in read[0] or p.name in read[1])
+            self.refused(case, run, [self.dice.choice(files)], ("store", "shard"))
             self.counts["token store damaged: refused"] += 1
         elif fault == "torn line" and (run / "metrics.jsonl").exists():
             with (run / "metrics.jsonl").open("a") as file:
@@ -218,6 +218,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    gecko_lab.run.git_commit = lambda: None  # asking git takes longer than the run
     began, kills = time.perf_counter(), 0
     with tempfile.TemporaryDirectory() as folder:
         torture = Torture(Path(folder), options.seed)
@@ -229,6 +230,7 @@ def main() -> int:
             except Lost as error:
                 print(f"LOST ({case}): {error}\nso far: {dict(torture.counts)}")
                 return 1
+            print(f"{kills} kills, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     for name, count in sorted(torture.counts.items()):
         print(f"{count:6}  {name}")
     print(f"{kills} kills, nothing lost, {time.perf_counter() - began:.0f} s")
