@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from rich.console import Console
 
 from .cli import guarded
@@ -17,8 +17,8 @@ from .run import write_atomic
 if TYPE_CHECKING:
     from .studies.analysis import Analysis
 
-TEXT = """Writes report.html (one page that needs no server), report.md with figures/*.svg, arms.csv, trials.csv and STUDY.yaml,
-which repeats the study.
+TEXT = """Writes report.html (one page that needs no server), report.md with figures/*.svg, arms.csv, trials.csv
+and STUDY.yaml, which repeats the study.
 
 A study that is still running gives a partial report that says what is missing."""
 
@@ -67,8 +67,8 @@ def _main(options: argparse.Namespace) -> int:
 
 
 def write(analysis: Analysis, out: Path) -> None:
-    """Put the files of a report into ``out``, in the place of an earlier report's; LabError when it cannot be written."""
-    from .studies import exhibits, figures, page, summary
+    """Put the files of a report into ``out``, over an earlier report's; LabError when it cannot be written."""
+    from .studies import exhibits, page, summary, svg
 
     files = {
         "report.html": page.page(analysis),
@@ -77,7 +77,7 @@ def write(analysis: Analysis, out: Path) -> None:
         "trials.csv": summary.trials_csv(analysis.record),
         f"{analysis.record.name}.yaml": yaml.safe_dump(analysis.record.sweep, sort_keys=False, allow_unicode=True),
     }
-    files |= {f"figures/{f.slug}.svg": figures.standalone(f.svg) for f in exhibits.figure_set(analysis)}
+    files |= {f"figures/{f.slug}.svg": svg.standalone(f.svg) for f in exhibits.figure_set(analysis)}
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
         for name, text in files.items():

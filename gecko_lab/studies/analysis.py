@@ -1,4 +1,4 @@
-"""What a study says so far: arms, paired comparisons, curves, importances, and what is missing."""
+"""What a study says so far: arms, paired comparisons, importances, and what is missing."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
 from ..errors import LabError
 from . import statistics
-from .figures import Curve, number
 from .records import StudyRecord, TrialRecord
+from .svg import number
 
 AXES = {"tokens": "tokens read in training", "flops": "training FLOPs of the model", "seconds": "seconds of training"}
-BEST_CURVES = 6  # trials of a search that are drawn
 SAID = 3  # arms that the answer names
 ENOUGH_FOR_IMPORTANCE = 8  # complete trials; with fewer, the densities that PED-ANOVA compares are noise
 
@@ -87,7 +86,7 @@ class Analysis:
 
 
 def analyse(record: StudyRecord, baseline: str | None = None) -> Analysis:
-    """Raises LabError when no trial is complete or ``baseline`` is no arm; a partial study is analysed as far as it goes."""
+    """Raises LabError when no trial is complete or ``baseline`` is no arm; a partial study is analysed so far."""
     counts = Counter(t.state for t in record.trials)
     complete = [t for t in record.trials if t.state == "complete" and t.value is not None and math.isfinite(t.value)]
     main = [t for t in complete if t.stage == "main"]
@@ -95,10 +94,10 @@ def analyse(record: StudyRecord, baseline: str | None = None) -> Analysis:
         states = ", ".join(f"{n} {state}" for state, n in counts.items()) or "none at all"
         reasons = sorted({t.error.strip().splitlines()[-1] for t in record.trials if t.error and t.error.strip()})
         raise LabError(
-            f"the study {record.name} has no complete trial to report (trials: {states}); run it further with the command "
-            "that began it" + (f". Trials failed with: {'; '.join(reasons[:3])}" if reasons else "")
+            f"the study {record.name} has no complete trial to report (trials: {states}); run it further with "
+            "the command that began it" + (f". Trials failed with: {'; '.join(reasons[:3])}" if reasons else "")
         )
-    best = (min if record.direction == "minimize" else max)(main, key=lambda t: t.value)
+    best = (min if record.direction == "minimize" else max)(main, key=lambda t: t.value or 0.0)
     environments = _environments(main)
     shared = {
         "record": record,
@@ -207,7 +206,7 @@ def _answer(record: StudyRecord, baseline: str, comparisons: list[statistics.Com
         interval = f" [{far.low:+.3g}, {far.high:+.3g}]" if math.isfinite(far.low) else ""
         which = "difference" if len(rest) == 1 else f"largest difference ({far.arm})"
         sentences.append(
-            f"Not told from {baseline} with {len(far.seeds)} seeds: {names}; {which} {far.mean:+.3g}{interval}"
+            f"Not told from {baseline} with {_seeds(len(far.seeds))}: {names}; {which} {far.mean:+.3g}{interval}"
         )
     return ". ".join(sentences) + "."
 
@@ -218,12 +217,14 @@ def _several(record: StudyRecord, comparisons: list[statistics.Comparison]) -> s
     for c in comparisons[:SAID]:
         worse = (c.mean > 0) == (record.direction == "minimize")
         p = c.p_holm if c.clear else c.p_t_holm
-        verb = "worsens" if worse else "improves"
-        said.append(
-            f"{c.arm} {verb} {record.metric} by {abs(c.mean):.3g} [{c.low:+.3g}, {c.high:+.3g}] (corrected p {number(p, 2)})"
-        )
+        verb, interval = "worsens" if worse else "improves", f"[{c.low:+.3g}, {c.high:+.3g}]"
+        said.append(f"{c.arm} {verb} {record.metric} by {abs(c.mean):.3g}, {interval} (corrected p {number(p, 2)})")
     more = len(comparisons) - SAID
     return "; ".join(said) + (f"; and {more} more" if more > 0 else "")
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def _missing_pairs(record: StudyRecord, arms: list[ArmResult]) -> list[str]:
@@ -244,51 +245,17 @@ def _importances(record: StudyRecord, arms: list[str]) -> dict[str, float]:
     """Optuna's PED-ANOVA, which needs no scikit-learn, within each arm; {} where there is too little to go by."""
     if record.study is None:
         return {}
-    found = {}
+    found: dict[str, float] = {}
     done = record.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     for arm in arms:
         mine = [t for t in done if len(arms) == 1 or t.user_attrs.get("arm") == arm]
         if len(mine) < ENOUGH_FOR_IMPORTANCE or len({t.value for t in mine}) == 1:
             continue
-        part = optuna.create_study(direction=record.direction)
+        part = optuna.create_study(direction=record.study.direction)
         part.add_trials(mine)
         shares = get_param_importances(part, evaluator=PedAnovaImportanceEvaluator())
         found |= {f"{arm}: {name}" if len(arms) > 1 else name: share for name, share in shares.items()}
     return found
-
-
-def curves(analysis: Analysis, metric: str, axis: str) -> list[Curve]:
-    """Per arm the mean over seeds of ``metric`` against progress on ``axis``; in a search of several arms each one's best
-    trial, of one arm its best few."""
-    if analysis.baseline is None:
-        if len(analysis.arms) > 1:
-            return [
-                Curve(a.name, _points(next(iter(a.trials.values())), metric, axis)) for a in analysis.arms if a.trials
-            ]
-        best = list(analysis.arms[0].trials.values())[:BEST_CURVES]
-        return [Curve(f"trial {t.number}", _points(t, metric, axis)) for t in best]
-    return [_mean_curve(arm, metric, axis) for arm in analysis.arms if arm.trials]
-
-
-def _mean_curve(arm: ArmResult, metric: str, axis: str) -> Curve:
-    by_step: dict[int, list[tuple[float, float]]] = {}
-    for trial in arm.trials.values():
-        for line in _lines(trial, metric, axis):
-            by_step.setdefault(line["step"], []).append((line[f"progress/{axis}"], line[metric]))
-    everyone = {s: p for s, p in by_step.items() if len(p) == len(arm.trials)}
-    mean = [tuple(np.mean(everyone[s], axis=0).tolist()) for s in sorted(everyone)]
-    seeds = [_points(t, metric, axis) for t in arm.trials.values()] if len(arm.trials) > 1 else []
-    return Curve(arm.name, [(x, y) for x, y in mean], seeds)
-
-
-def _points(trial: TrialRecord, metric: str, axis: str) -> list[tuple[float, float]]:
-    return [(line[f"progress/{axis}"], line[metric]) for line in _lines(trial, metric, axis)]
-
-
-def _lines(trial: TrialRecord, metric: str, axis: str) -> list[dict[str, Any]]:
-    """The last record of each step that has both numbers."""
-    found = {h["step"]: h for h in trial.history if h.get(metric) is not None and h.get(f"progress/{axis}") is not None}
-    return list(found.values())
 
 
 def _last(trial: TrialRecord, name: str) -> float | None:

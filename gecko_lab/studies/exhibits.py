@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import figures
-from .analysis import AXES, Analysis, ArmResult, curves, run_command
-from .figures import number
+from .analysis import AXES, Analysis, ArmResult, run_command
+from .curves import curves
 from .records import TrialRecord
+from .svg import number
 
 BEST_TRIALS = 10
 BEST_OF_ARM = 3
@@ -18,7 +19,7 @@ BEST_OF_ARM = 3
 
 @dataclass
 class Table:
-    """Rows of text below ``head``; the first ``words`` columns are words, the others numbers. ``strong``: row to stress."""
+    """Rows of text below ``head``; ``words`` columns of words, then numbers. ``strong``: the row to stress."""
 
     title: str
     head: list[str]
@@ -71,11 +72,13 @@ def _arms(analysis: Analysis) -> Table:
         sizes = (float(arm.parameters) if arm.trials else math.nan, arm.total("flops"), arm.total("seconds"))
         rows.append([*row, *(number(size) for size in sizes)])
     exact = "" if many else "p exact: two-sided sign-flip test, which assumes no distribution; "
+    over = f"{len(analysis.comparisons)} arm{'s' if len(analysis.comparisons) > 1 else ''}"
     note = (
-        "Mean \u00b1 standard deviation over seeds. Differences are paired by seed (the same data in the same order), arm minus "
-        f"baseline, with 95 % t intervals, each for itself. d_z: mean over standard deviation of the differences. {exact}p t-test: "
-        f"paired and two-sided, if differences are normal; p is Holm-corrected over {len(analysis.comparisons)} arms. detectable: the "
-        "true difference that the t-test, uncorrected, would find four times in five with this many seeds and this spread."
+        "Mean \u00b1 standard deviation over seeds. Differences are paired by seed (the same data in the same order), "
+        "arm minus baseline, with 95 % t intervals, each for itself. d_z: mean over standard deviation of the differences. "
+        f"{exact}p t-test: paired and two-sided, if differences are normal; p is Holm-corrected over {over}. "
+        "detectable: the true difference that the t-test, uncorrected, would find four times in five with this many seeds "
+        "and this spread."
     )
     return Table("Arms", head, rows, note, strong=0)
 
@@ -150,7 +153,7 @@ def figure_set(analysis: Analysis) -> list[Figure]:
     """The figures that the study's data allow, in reading order."""
     found = [_forest(analysis), *_curves(analysis)]
     if analysis.importances:
-        note = "PED-ANOVA: the share of the variation of the metric among its better trials that a parameter explains. Sums to 1."
+        note = "PED-ANOVA: how much a parameter separates the better trials from all, as shares of 1."
         found.append(
             Figure("importance", "Importance", figures.bars(list(analysis.importances.items()), "importance"), note)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from . import exhibits, figures
+from . import exhibits, svg
 from .analysis import Analysis, run_command
 from .exhibits import Figure, Table
 
@@ -15,16 +15,20 @@ main { max-width: 66rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: .3rem 0 1rem; } h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; }
 .kind { color: var(--soft); margin: 0; } .answer { font-size: 1.15rem; margin: 0 0 1rem; }
 .facts { color: var(--soft); font-size: .9rem; margin: 0; }
-.box { border-left: 4px solid var(--c4); padding: .1rem 1rem; margin: 1.2rem 0; background: color-mix(in srgb, var(--c4) 9%, transparent); }
+.box { border-left: 4px solid var(--c4); padding: .1rem 1rem; margin: 1.2rem 0;
+  background: color-mix(in srgb, var(--c4) 9%, transparent); }
 .box.gap { border-color: var(--c5); background: color-mix(in srgb, var(--c5) 9%, transparent); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .82rem; width: 100%; }
 th, td { text-align: right; padding: .35rem .45rem; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom; }
 td { font-variant-numeric: tabular-nums; }
-.word { text-align: left; } .long td.word { white-space: normal; overflow-wrap: anywhere; } .strong td { font-weight: 600; }
+.word { text-align: left; } .long td.word { white-space: normal; overflow-wrap: anywhere; }
+.strong td { font-weight: 600; }
 .note, figcaption { color: var(--soft); font-size: .84rem; margin: .5rem 0 0; } figure { margin: 0 0 1.4rem; }
-svg { width: 100%; height: auto; } .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
-pre { background: color-mix(in srgb, var(--soft) 10%, transparent); padding: .6rem .8rem; overflow-x: auto; font-size: .82rem; margin: .2rem 0 1rem; }
+svg { width: 100%; height: auto; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
+pre { background: color-mix(in srgb, var(--soft) 10%, transparent);
+  padding: .6rem .8rem; overflow-x: auto; font-size: .82rem; margin: .2rem 0 1rem; }
 @media (max-width: 60rem) { .chart { overflow-x: auto; } .chart svg { min-width: 46rem; } }
 @media print { main { max-width: none; } }
 """
@@ -61,9 +65,10 @@ def page(analysis: Analysis) -> str:
     ]
     parts.append(_runs(analysis))
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
         f'<meta name="color-scheme" content="light dark"><title>{escape(record.name)}</title>'
-        f"<style>{figures.STYLE}{CSS}</style></head><body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
+        f"<style>{svg.STYLE}{CSS}</style></head><body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
     )
 
 

@@ -23,9 +23,9 @@ class Comparison:
     """An arm against the baseline over the seeds that both completed; differences are arm - baseline.
 
     ``low`` and ``high`` bound the mean difference (t interval, 95 %, each arm for itself); ``effect`` is Cohen's d_z;
-    ``p`` is the two-sided sign-flip test's ("sign-flip") or, with many pairs, the paired t-test's ("t"); ``p_t`` is always
-    the latter; ``p_holm`` and ``p_t_holm`` are corrected for the number of arms; ``detectable`` is the difference that
-    the t-test would find with a probability of 80 %, given this spread. NaN where there are too few pairs.
+    ``p`` is the two-sided sign-flip test's ("sign-flip") or, with many pairs, the paired t-test's ("t"); ``p_t`` is
+    always the latter; ``p_holm`` and ``p_t_holm`` are corrected for the number of arms; ``detectable`` is the difference
+    that the t-test would find with a probability of 80 %, given this spread. NaN where there are too few pairs.
     """
 
     arm: str
@@ -130,7 +130,7 @@ def effect_size(differences: Sequence[float]) -> float:
 
 
 def power(effect: float, n: int, alpha: float = ALPHA) -> float:
-    """Probability that the two-sided paired t-test on ``n`` pairs finds a true effect size (noncentral t, quadrature)."""
+    """Probability that the two-sided paired t-test on ``n`` pairs finds a true effect size (noncentral t)."""
     df = n - 1
     critical = t_quantile(1 - alpha / 2, df)
     width = (math.sqrt(df) + 8) / 500
@@ -163,16 +163,16 @@ def seeds_warning(seeds: int, arms: int) -> str | None:
     if seeds < 2:
         count = "No seed is" if seeds == 0 else "Only one seed is"
         return (
-            f"{count} complete in both an arm and the baseline: the spread between seeds is unknown and nothing can be said "
-            f"about differences. Run at least {needed} seeds."
+            f"{count} complete in both an arm and the baseline: the spread between seeds is unknown and nothing can "
+            f"be said about differences. Run at least {needed} seeds."
         )
     smallest = 2.0 ** (1 - seeds)
     corrected = f", corrected for {arm_words} {min(1.0, arms * smallest):.3g}" if arms > 1 else ""
     return (
         f"{seeds} seeds are too few: with {seeds} pairs the smallest p that the two-sided sign-flip test can give is "
-        f"{smallest:.3g}{corrected}, whatever the runs say: no difference here is significant by it. {needed} seeds or more are "
-        f"needed for {arm_words}. The intervals and the t-test say more only by assuming that differences between seeds are "
-        "normally distributed, which so few seeds cannot check."
+        f"{smallest:.3g}{corrected}, whatever the runs say: no difference here is significant by it. {needed} seeds or "
+        f"more are needed for {arm_words}. The intervals and the t-test say more only by assuming that differences "
+        "between seeds are normally distributed, which so few seeds cannot check."
     )
 
 

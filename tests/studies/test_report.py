@@ -9,117 +9,19 @@ import math
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import optuna
 import pytest
+from made_up import EFFECTS, ablation, search, trial
 
 from gecko_lab import report
 from gecko_lab.errors import LabError
-from gecko_lab.studies import exhibits, figures
-from gecko_lab.studies.analysis import analyse, curves
+from gecko_lab.studies import exhibits, figures, svg
+from gecko_lab.studies.analysis import analyse
+from gecko_lab.studies.curves import curves
 from gecko_lab.studies.page import page
-from gecko_lab.studies.records import Arm, StudyRecord, TrialRecord
-
-EFFECTS = {"gecko": 0.0, "no_awm": 0.12, "real_ema": 0.015, "a<b> & long_name": -0.003}
 
 
-def history(end: float, seed: int, flops: float) -> list[dict[str, Any]]:
-    lines = []
-    for step in range(10, 210, 10):
-        loss = end + 3.0 * math.exp(-step / 40)
-        progress = {"tokens": step * 512, "flops": step * 512 * flops, "seconds": step * (0.2 + 0.01 * seed)}
-        axes = {f"progress/{k}": float(v) for k, v in progress.items()}
-        lines.append({"step": step, "train/loss": loss + 0.02, **axes})
-        if step % 20 == 0:
-            lines.append({"step": step, "val/loss": loss, "position_curve": [], **axes})
-    return lines
-
-
-def trial(number: int, arm: str, seed: int, value: float | None, folder: Path, **more: Any) -> TrialRecord:
-    facts: dict[str, Any] = {
-        "number": number,
-        "state": "complete" if value is not None else "failed",
-        "arm": arm,
-        "seed": seed,
-        "overrides": [f"seed={seed}", "model=gecko", f"+ablation={arm}"],
-        "params": {},
-        "value": value,
-        "metrics": {"val/bits_per_byte": 1.4 * value} if value is not None else {},
-        "run_dir": folder / "runs" / f"{number:04d}",
-        "history": history(value, seed, 3e5) if value is not None else [],
-        "started": None,
-        "ended": None,
-        "parameters": 123456,
-        "error": None,
-    }
-    return TrialRecord(**facts | more)
-
-
-def ablation(folder: Path, seeds: int) -> StudyRecord:
-    """Made-up numbers with known differences."""
-    rng = np.random.default_rng(7)
-    hard = rng.normal(0, 0.05, seeds)
-    trials = [
-        trial(i * seeds + s, arm, s, 2.0 + effect + hard[s] + rng.normal(0, 0.01), folder)
-        for i, (arm, effect) in enumerate(EFFECTS.items())
-        for s in range(seeds)
-    ]
-    return StudyRecord(
-        name="components",
-        kind="ablation",
-        question="Which components does the loss need?",
-        metric="val/loss",
-        direction="minimize",
-        arms=[Arm(name, [f"+ablation={name}"], 120000) for name in EFFECTS],
-        trials=trials,
-        folder=folder,
-    )
-
-
-def search(folder: Path, trials: int = 20, arms: tuple[str, ...] = ("search",)) -> StudyRecord:
-    """A real Optuna study of a made-up function in which only the learning rate matters."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-
-    def objective(t: optuna.Trial) -> float:
-        lr = t.suggest_float("optim.lr", 1e-4, 1e-1, log=True)
-        t.set_user_attr("arm", arms[t.number % len(arms)])
-        t.suggest_categorical("model.norm", ["timestep", "layer"])
-        if t.number % 5 == 4:
-            t.report(3.0, 20)
-            raise optuna.TrialPruned
-        return 2.0 + (math.log10(lr) + 2.5) ** 2
-
-    study.optimize(objective, n_trials=trials)
-    records = [
-        trial(
-            t.number,
-            arms[t.number % len(arms)],
-            0,
-            t.value if t.state.name == "COMPLETE" else 3.0,
-            folder,
-            state=t.state.name.lower(),
-            params=t.params,
-            intermediate=dict(t.intermediate_values),
-        )
-        for t in study.trials
-    ]
-    return StudyRecord(
-        "lr",
-        "search",
-        "Which rate?",
-        "val/loss",
-        "minimize",
-        [Arm(name, []) for name in arms],
-        records,
-        folder,
-        study=study,
-    )
-
-
-def svgs(html: str) -> list[ET.Element]:
+def drawings(html: str) -> list[ET.Element]:
     return [ET.fromstring(s) for s in re.findall(r"<svg.*?</svg>", html, re.S)]
 
 
@@ -143,7 +45,7 @@ def test_few_seeds_are_not_called_significant_but_a_normal_assumption_is_named(t
 def test_the_page_is_whole_and_by_itself(tmp_path: Path) -> None:
     study = ablation(tmp_path, 8)
     html = page(analyse(study))
-    assert len(svgs(html)) == 3
+    assert len(drawings(html)) == 3
     assert "Which components does the loss need?" in html
     assert "a&lt;b&gt; &amp; long_name" in html
     assert "a<b>" not in html
@@ -230,7 +132,7 @@ def test_a_search_names_its_best_and_what_mattered(tmp_path: Path) -> None:
     assert "16 complete trials and 4 pruned ones" in result.answer
     assert max(result.importances, key=lambda k: result.importances[k]) == "optim.lr"
     assert {f.slug for f in exhibits.figure_set(result)} >= {"importance", "slice_optim_lr", "slice_model_norm"}
-    assert len(svgs(page(result))) == 5
+    assert len(drawings(page(result))) == 5
     assert not analyse(search(tmp_path, 4)).importances
 
 
@@ -256,13 +158,13 @@ def test_mean_curves_go_by_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-0.031, 0.27), (1.2e6, 9.9e9), (2.0, 2.0001)])
 def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
-    marks = figures.ticks(low, high)
+    marks = svg.ticks(low, high)
     assert 2 <= len(marks) <= 6
     assert all(low - 1e-9 * abs(low) <= m <= high * (1 + 1e-9) for m in marks)
 
 
 def test_numbers_read_well() -> None:
-    assert [figures.number(v) for v in (0.00123, 12345.0, 3.4e6, 2e12, 5e20, math.nan, 999.0)] == [
+    assert [svg.number(v) for v in (0.00123, 12345.0, 3.4e6, 2e12, 5e20, math.nan, 999.0)] == [
         "0.00123", "12.3k", "3.4M", "2T", "5e+20", "-", "999",
     ]  # fmt: skip
 
