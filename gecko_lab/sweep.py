@@ -96,8 +96,8 @@ def run(arguments: list[str]) -> int:
     from .studies import sweepfile
     from .studies.ledger import Ledger, make_pruner, make_sampler
     from .studies.records import load_study
-    from .studies.storage import open_storage
-    from .studies.study import join, note_folder
+    from .studies.storage import JOURNAL, open_storage
+    from .studies.study import join, known_arms, note_folder
 
     title, content = sweepfile.read(arguments[0])
     launch, options, chosen, overrides = parse(arguments[1:])
@@ -112,7 +112,9 @@ def run(arguments: list[str]) -> int:
     make_sampler(sweep, 0), make_pruner(sweep)
     name = launch.name or (f"{title}-{variant}" if variant else title)
     folder = Path(launch.folder) / name
-    prepared = arm_sizes.prepare(sweep)
+    exists = bool(launch.storage) or (folder / JOURNAL).exists()
+    known = known_arms(open_storage(launch.storage or folder), name) if exists else []
+    prepared = known or arm_sizes.prepare(sweep)
     if not launch.dry_run:
         storage = open_storage(launch.storage or folder, create=True)
         sweep, prepared = join(storage, name, sweep, prepared, folder, allow_code_change=launch.allow_code_change)
@@ -155,16 +157,20 @@ def _variant(launch: Launch, content: dict[str, Any], devices: list[str]) -> str
 def _introduce(name: str, sweep: Any, arms: list[Any]) -> None:
     from rich.console import Console
 
+    from .studies.plan import slots
+
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"study     {name}: {sweep.question or 'no question given'}", markup=False)
-    each = f"{len(sweep.seeds)} seeds" if sweep.kind == "ablation" else f"{sweep.trials} trials"
-    console.print(f"asks      {sweep.metric}, {sweep.direction}, {sweep.kind}, {each} for each arm", markup=False)
+    count = len(slots(sweep, [arm.name for arm in arms], []))
+    later = f" to tune, then {len(arms) * len(sweep.seeds)}" if sweep.tune else ""
+    console.print(f"asks      {sweep.metric}, {sweep.direction}; {sweep.kind}, {count} trials{later}", markup=False)
     first = next((arm for arm in arms if arm.name == "baseline"), arms[0])
     for arm in arms:
         off = f"{arm.parameters / first.parameters - 1:+.2%} parameters, "
         off += f"{arm.flops_per_token / first.flops_per_token - 1:+.2%} FLOPs"
         size = f"{arm.parameters:,} parameters, {arm.flops_per_token:.3g} forward FLOPs a token"
-        compared = "" if arm is first else f" ({off} against {first.name}, matched in {sweep.match})"
+        matched = f", matched in {sweep.match}" if sweep.match != "none" else ""
+        compared = "" if arm is first else f" ({off} against {first.name}{matched})"
         console.print(f"arm       {arm.name}: {' '.join(arm.overrides) or 'no change'}: {size}{compared}", markup=False)
 
 
@@ -190,7 +196,7 @@ def _work(ledgers: list[Any], folder: Path, devices: list[str]) -> bool:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        print("\nstopping: trials in progress are told to stop and queued again (again: at once)", file=sys.stderr, flush=True)
+        print("\nstopping: trials in progress are told to stop and queued again", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     threads = [threading.Thread(target=job, args=(i,), daemon=True) for i in range(len(ledgers))]
@@ -210,10 +216,10 @@ def _work(ledgers: list[Any], folder: Path, devices: list[str]) -> bool:
 def _conclude(record: Any, folder: Path, stopped: bool) -> int:
     from rich.console import Console
 
-    from .studies.table import best_line
+    from .studies.table import STYLES, best_line
 
     console = Console(soft_wrap=True, highlight=False)
-    counts = {s: sum(t.state == s for t in record.trials) for s in ("complete", "pruned", "failed", "running", "waiting")}
+    counts = {state: sum(t.state == state for t in record.trials) for state in STYLES}
     console.print("trials    " + ", ".join(f"{n} {state}" for state, n in counts.items() if n))
     if line := best_line(record):
         console.print(line, markup=False)

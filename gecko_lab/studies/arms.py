@@ -81,24 +81,27 @@ def _check_space(sweep: Sweep, arm: Arm) -> None:
 
 
 def _match(sweep: Sweep, arms: list[Arm]) -> list[Arm]:
-    """Each arm with the feed-forward width at which its size is nearest to the baseline's."""
+    """Each arm with the feed-forward width at which its size is nearest to the baseline's.
+
+    Parameters and FLOPs both grow by the same amount with each feature of the width.
+    """
     size: Callable[[Arm], float] = lambda arm: arm.parameters if sweep.match == "parameters" else arm.flops_per_token
-    target = size(arms[[arm.name for arm in arms].index("baseline")] if "baseline" in sweep.arms else arms[0])
+    target = size(next(arm for arm in arms if arm.name == "baseline"))
 
     def at(arm: Arm, width: int) -> Arm:
         kept = [o for o in arm.overrides if not o.startswith("model.ffn_dim=")]
-        return measure(sweep, arm.name, [*kept, f"model.ffn_dim={width * MULTIPLE}"])
+        return measure(sweep, arm.name, [*kept, f"model.ffn_dim={width}"])
 
     matched = []
     for arm in arms:
         if size(arm) == target:
             matched.append(arm)
             continue
-        low, high = 1, 2
-        while size(at(arm, high)) < target:
-            low, high = high, high * 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if size(at(arm, middle)) < target else (low, middle)
-        matched.append(min((arm, at(arm, low), at(arm, high)), key=lambda a: abs(size(a) - target)))
+        config, _ = built([*sweep.base, *arm.overrides, *overrides(_first(sweep))])
+        width = config.model.ffn_dim
+        slope = (size(at(arm, width + MULTIPLE)) - size(arm)) / MULTIPLE
+        wanted = width + (target - size(arm)) / slope
+        below = max(MULTIPLE, math.floor(wanted / MULTIPLE) * MULTIPLE)
+        choices = [arm, at(arm, below), at(arm, below + MULTIPLE)]
+        matched.append(min(choices, key=lambda a: abs(size(a) - target)))
     return matched

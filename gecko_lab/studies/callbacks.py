@@ -18,7 +18,7 @@ class Pruned(Exception):
 
 
 class Reporter(L.Callback):
-    """Reports the metric by global step at every validation; ends the run when told, or after ``seconds`` of training."""
+    """Reports the metric by global step at every validation; ends the run when told, or after ``seconds``."""
 
     def __init__(self, metric: str, ask: Callable[[int, float], bool], seconds: float) -> None:
         self.metric, self.ask, self.seconds = metric, ask, seconds

@@ -88,7 +88,7 @@ class Ledger:
                 continue
             row = plan.attempts(self.study.get_trials(deepcopy=False)).get(trial.user_attrs.get("slot", ""), [])
             if trial.number not in [t.number for t in row]:
-                self._set(trial._trial_id, duplicate=True)
+                self.storage.set_trial_user_attr(trial._trial_id, "duplicate", True)
                 self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
                 continue
             return self._begin(trial)
@@ -96,7 +96,6 @@ class Ledger:
 
     def _begin(self, trial: FrozenTrial) -> Claim:
         facts, key = trial.user_attrs, trial._trial_id
-        self._set(key, worker=here(), beat=0)
         view = self._view(facts["arm"], trial.number)
         if self.sweep.kind == "search":
             suggested = Trial(view, key)
@@ -106,7 +105,7 @@ class Ledger:
         changes = [*self.sweep.base, *self.arms[facts["arm"]], *space.overrides(params), f"seed={facts['seed']}"]
         label = f"{facts['arm']}-seed{facts['seed']}" if facts["stage"] == "main" else f"tune-{facts['arm']}"
         run = f"{label}-{trial.number:04d}"
-        self._set(key, overrides=changes, run=run)
+        self.storage.set_trial_user_attr(key, "began", {"worker": here(), "overrides": changes, "run": run})
         return Claim(key, trial.number, facts["arm"], facts["seed"], run, changes, beaten=time.monotonic())
 
     def beat(self, claim: Claim) -> None:
@@ -115,7 +114,7 @@ class Ledger:
             return
         claim.beats, claim.beaten = claim.beats + 1, time.monotonic()
         try:
-            self._set(claim.id, beat=claim.beats)
+            self.storage.set_trial_user_attr(claim.id, "beat", claim.beats)
         except UpdateFinishedTrialError as error:
             raise Lost(f"trial {claim.number}") from error
 
@@ -130,14 +129,12 @@ class Ledger:
 
     def end(self, claim: Claim, outcome: Outcome) -> None:
         """Close the trial. Raises Lost when it was taken away."""
-        facts: dict[str, Any] = {"metrics": outcome.metrics, "parameters": outcome.parameters}
-        if outcome.error:
-            facts["error"] = outcome.error
+        facts: dict[str, Any] = {"metrics": outcome.metrics, "parameters": outcome.parameters, "error": outcome.error}
         if outcome.state in (plan.LOST, plan.STOPPED):
-            facts |= {"again": outcome.state, "retried": True}
+            facts["again"] = outcome.state
         state = ENDS.get(outcome.state, TrialState.FAIL)
         try:
-            self._set(claim.id, **facts)
+            self.storage.set_trial_user_attr(claim.id, "ended", facts)
             values = [outcome.value] if state == TrialState.COMPLETE and outcome.value is not None else None
             self.storage.set_trial_state_values(claim.id, state, values)
         except UpdateFinishedTrialError as error:
@@ -146,7 +143,7 @@ class Ledger:
     def reap(self) -> None:
         """Close the trials of workers that are gone: at once on this machine, elsewhere when the beat stands still."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            owner, beat = trial.user_attrs.get("worker", {}), trial.user_attrs.get("beat")
+            owner, beat = trial.user_attrs.get("began", {}).get("worker", {}), trial.user_attrs.get("beat", 0)
             before, since = self.seen.get(trial.number, (None, 0.0))
             if trial.number not in self.seen or before != beat:
                 self.seen[trial.number] = (beat, time.monotonic())
@@ -169,16 +166,12 @@ class Ledger:
     def check_fuse(self) -> None:
         """Raise LabError when the first trials all failed: the rest would, too."""
         done = [t for t in self.study.get_trials(deepcopy=False) if t.state.is_finished()]
-        done = [t for t in done if not (t.user_attrs.get("again") or t.user_attrs.get("duplicate"))]
+        done = [t for t in done if not (plan.why_again(t) or t.user_attrs.get("duplicate"))]
         if len(done) >= 3 and all(t.state == TrialState.FAIL for t in done):
             raise LabError(
                 f"every trial so far failed ({len(done)}), so the study stops. The last said: "
-                f"{done[-1].user_attrs.get('error')}"
+                f"{done[-1].user_attrs['ended']['error']}"
             )
-
-    def _set(self, key: int, **values: Any) -> None:
-        for name, value in values.items():
-            self.storage.set_trial_user_attr(key, name, value)
 
     def _view(self, arm: str, number: int) -> _OfArm:
         view = _OfArm(self.name, self.storage, make_sampler(self.sweep, number), make_pruner(self.sweep))

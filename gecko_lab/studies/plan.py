@@ -78,13 +78,18 @@ def attempts(trials: list[FrozenTrial]) -> dict[str, list[FrozenTrial]]:
     return found
 
 
+def why_again(trial: FrozenTrial) -> str | None:
+    """lost or stopped for a trial that ended without an answer, else None."""
+    return trial.user_attrs.get("ended", {}).get("again") if trial.state == TrialState.FAIL else None
+
+
 def again(row: list[FrozenTrial]) -> bool:
     """Whether a slot's last trial ended in a way that asks for another."""
     last = row[-1]
     if last.state != TrialState.FAIL:
         return False
-    why = last.user_attrs.get("again")
-    lost = sum(trial.user_attrs.get("again") == LOST for trial in row)
+    why = why_again(last)
+    lost = sum(why_again(trial) == LOST for trial in row)
     return why == STOPPED or (why == LOST and lost <= RETRIES)
 
 

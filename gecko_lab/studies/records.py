@@ -41,7 +41,8 @@ class TrialRecord:
     """One run of a study. ``value`` is the metric at the end, or at the last validation of a pruned trial.
 
     ``stage`` is "tune" for the trials that chose an arm's learning rate, else "main". ``error`` says why a trial
-    failed; ``retried`` that another trial does its work again. ``history`` are the lines of metrics.jsonl.
+    failed; ``retried`` that it was killed or stopped, so that another does its work again (a killed one: once).
+    ``history`` are the lines of metrics.jsonl.
     """
 
     number: int
@@ -128,7 +129,7 @@ def _location(where: str | Path) -> str | Path:
 
 
 def _record(trial: FrozenTrial, arms: dict[str, Arm], folder: Path) -> TrialRecord:
-    facts = trial.user_attrs
+    facts = {**trial.user_attrs, **trial.user_attrs.get("began", {}), **trial.user_attrs.get("ended", {})}
     state = STATES[trial.state]
     value = trial.value if state == "complete" else None
     if state == "pruned" and trial.intermediate_values:
@@ -151,7 +152,7 @@ def _record(trial: FrozenTrial, arms: dict[str, Arm], folder: Path) -> TrialReco
         parameters=facts.get("parameters") or (arms[arm].parameters if arm in arms else 0),
         error=facts.get("error"),
         stage=facts.get("stage", "main"),
-        retried=bool(facts.get("retried", False)),
+        retried=state == "failed" and "again" in facts,
         intermediate=dict(trial.intermediate_values),
     )
 

@@ -87,6 +87,8 @@ def _journal(path: Path, create: bool) -> BaseStorage:
         if not create:
             raise LabError(f"{path}: no study here (no {JOURNAL}); give the folder of a study or its storage's URL")
         file.parent.mkdir(parents=True, exist_ok=True)
+    elif file.is_dir() or file.read_bytes()[:1] not in (b"", b"{"):
+        raise LabError(f"{file}: is no journal of a study")
     return JournalStorage(JournalFileBackend(str(file), lock_obj=FileLock(file)))  # type: ignore[arg-type]  # acquire and release
 
 

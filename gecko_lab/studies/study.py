@@ -54,6 +54,14 @@ def join(
     return grown, [Arm(**arm) for arm in facts["arms"]]
 
 
+def known_arms(storage: BaseStorage, name: str) -> list[Arm]:
+    """The arms of a study that began before; empty when there is none, or none of gecko_lab's."""
+    if name not in optuna.get_all_study_names(storage):
+        return []
+    facts = optuna.load_study(study_name=name, storage=storage).user_attrs.get(ATTRIBUTE, {})
+    return [Arm(**arm) for arm in facts.get("arms", [])]
+
+
 def note_folder(folder: Path, name: str, storage: str) -> None:
     """Say in the study's folder where the study is, so that the folder alone leads to it."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -148,6 +148,8 @@ def _check_search(sweep: Sweep) -> None:
         raise LabError("space: is empty, so the search yields no trial; e.g. optim.lr=interval(1e-4,3e-3)")
     if len(sweep.seeds) != 1:
         raise LabError(f"seeds={sweep.seeds}: a search has one; an ablation study compares over several")
+    if sweep.match != "none":
+        raise LabError(f"match={sweep.match}: is for ablation studies, whose arms are compared with a baseline")
     if sweep.tune:
         raise LabError("tune: is for ablation studies; a search tunes what stands in space")
     if sweep.arms and sweep.pruner["name"] == "hyperband":

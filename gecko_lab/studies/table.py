@@ -16,8 +16,8 @@ def table(record: StudyRecord, rows: int = 30) -> Table:
     """Trials that run, then the latest that ended; at most ``rows``."""
     counts = {state: sum(t.state == state for t in record.trials) for state in STYLES}
     title = f"{record.name}: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n)
-    caption = best_line(record)
-    view = Table("trial", "arm", "seed", "choice", "state", "step", record.metric, "time", "", title=title, caption=caption)
+    names = ("trial", "arm", "seed", "choice", "state", "step", record.metric, "time", "")
+    view = Table(*names, title=title, caption=best_line(record))
     order = {"running": 0, "complete": 1, "pruned": 1, "failed": 1, "waiting": 2}
     for trial in sorted(record.trials, key=lambda t: (order[t.state], -t.number))[:rows]:
         step = max(trial.intermediate, default=None)

@@ -1,0 +1,138 @@
+"""Real trials in real processes: 3 steps each, and one that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gecko_lab import sweep as command
+from gecko_lab.studies.callbacks import Pruned
+from gecko_lab.studies.ledger import Claim
+from gecko_lab.studies.records import load_study
+from gecko_lab.studies.trial import run
+from gecko_lab.studies.worker import Process
+
+BASE = [
+    "model.num_layers=1", "model.dim=32", "model.ffn_dim=48", "model.z_dim=32", "model.value_dim=32",
+    "model.chunk_size=16", "model.norm_groups=4", "model.ema_modes=4", "data.seq_len=64", "trainer.batch_size=2",
+    "log.sample_tokens=0", "data.val_batches=1", "log.every_n_steps=1", "log.probes=false", "trainer.accelerator=cpu",
+    "trainer.progress=false", "log.validate_every_n_steps=1",
+]
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i:02}.txt").write_text(f"Document {i}. " + "The gecko climbs the wall and sees the moon. " * (5 + i))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield folder
+
+
+def test_a_study_of_two_trials_of_three_steps(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "two.yaml").write_text(
+        f"kind: ablation\nquestion: Does it run?\nbase: [{', '.join(BASE)}, data=text, data.path={text}]\n"
+        "arms: {baseline: [], no_awm: ['+ablation=no_awm']}\nbudget: {steps: 3}\n"
+    )
+    assert command.run(["two.yaml", "variant=cpu", "workers=2", "name=two"]) == 0
+    record = load_study(tmp_path / "studies" / "two")
+    assert [(t.state, t.arm, t.seed) for t in record.trials] == [("complete", "baseline", 0), ("complete", "no_awm", 0)]
+    for trial in record.trials:
+        assert trial.value is not None
+        assert 1 < trial.value < 20
+        assert trial.value == trial.metrics["val/bits_per_byte"]
+        assert trial.parameters == next(arm.parameters for arm in record.arms if arm.name == trial.arm)
+        assert [line["step"] for line in trial.history if "train/loss" in line] == [1, 2, 3]
+        assert list(trial.intermediate) == [1, 2]
+        assert (trial.run_dir / "config.yaml").exists()
+    assert command.run(["two.yaml", "variant=cpu", "name=two"]) == 0
+    assert len(load_study(tmp_path / "studies" / "two").trials) == 2
+
+
+def test_a_killed_a_stopped_and_an_orphaned_trial(text: Path, tmp_path: Path) -> None:
+    """One process each: killed from outside is lost; told to stop is stopped; without its worker it ends."""
+    claim = lambda n: Claim(n, n, "a", 0, f"r{n}", [*BASE, "data=text", f"data.path={text}", "log.validate_every_n_steps=1000"])
+    process = Process(tmp_path, "val/loss", {"steps": 100_000}, None, 1)
+    log = lambda n: (tmp_path / "runs" / f"r{n}" / "metrics.jsonl")
+    for n, act in ((0, "kill"), (1, "stop")):
+        stop, began = threading.Event(), []
+
+        def alive(n: int = n, act: str = act, stop: threading.Event = stop, began: list = began) -> None:
+            if log(n).exists() and not began:
+                began.append(1)
+                if act == "stop":
+                    stop.set()
+                else:
+                    os.kill(_children()[0], signal.SIGKILL)
+
+        outcome = process(claim(n), lambda step, value: False, alive, stop)
+        assert outcome.state == {"kill": "lost", "stop": "stopped"}[act]
+        assert outcome.error
+    assert list((tmp_path / "runs" / "r1" / "checkpoints").glob("step-*.ckpt"))
+    assert not _children()
+
+
+def _children() -> list[int]:
+    done = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True)
+    return [int(line.split()[0]) for line in done.stdout.splitlines() if "gecko_lab.studies.trial" in line]
+
+
+def test_a_trial_without_its_worker_ends(tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time; from gecko_lab.studies.trial import Link; "
+         "Link(sys.stdout, sys.stdin).listen(); print('on', flush=True); time.sleep(60)"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert child.stdout is not None
+    assert child.stdin is not None
+    assert child.stdout.readline() == "on\n"
+    child.stdin.close()
+    assert child.wait(20) == -signal.SIGKILL
+
+
+def assignment(text: Path, folder: Path, *more: str, **changes: object) -> dict:
+    changes = {"budget": {"steps": 4}, "metric": "val/loss", "run_dir": str(folder), **changes}
+    return {"overrides": [*BASE, "data=text", f"data.path={text}", *more], **changes}
+
+
+def test_pruned_nan_and_mistakes_are_told_apart(text: Path, tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    def ask(step: int, value: float) -> bool:
+        steps.append(step)
+        return step == 2
+
+    pruned = run(assignment(text, tmp_path / "a"), ask)
+    assert pruned["state"] == "pruned"
+    assert pruned["value"] > 0
+    assert steps == [1, 2]
+    nan = run(assignment(text, tmp_path / "b", "optim.lr=1e30", "optim.clip=0", "optim.warmup_steps=0"), lambda *a: False)
+    assert nan["state"] == "failed"
+    assert "nan" in nan["error"].lower() or "inf" in nan["error"].lower()
+    wrong = run(assignment(text, tmp_path / "c", "data.path=/no/such/text"), lambda *a: False)
+    assert wrong["state"] == "failed"
+    assert "/no/such/text" in wrong["error"]
+
+
+def test_a_budget_of_seconds_ends_the_run(text: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = run(
+        assignment(text, tmp_path / "a", "trainer.max_steps=100000", "log.validate_every_n_steps=100000", budget={"seconds": 0.5}),
+        lambda *a: False,
+    )
+    assert done["state"] == "complete"
+    assert time.monotonic() - began < 30
+
+
+def test_pruned_names_its_value() -> None:
+    assert Pruned(3, 1.5).value == 1.5
