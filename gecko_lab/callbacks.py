@@ -27,7 +27,7 @@ def optimizer_stepped(trainer: L.Trainer, batch_idx: int) -> bool:
 def validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether a validation comes between this batch and the next."""
     every = trainer.val_check_batch
-    return bool(every) and (batch_idx + 1) % every == 0
+    return every is not None and (batch_idx + 1) % every == 0
 
 
 class Saver(L.Callback):
