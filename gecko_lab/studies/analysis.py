@@ -171,6 +171,12 @@ def _ablation(complete: list[TrialRecord], baseline: str | None, shared: dict[st
     if comparisons:
         warning = statistics.seeds_warning(max(len(c.seeds) for c in comparisons), len(comparisons))
         warnings += [warning] if warning else []
+    same = [c.arm for c in comparisons if c.seeds and not any(c.differences)]
+    if same:
+        warnings.append(
+            f"{', '.join(same)}: exactly the values of {baseline} on every seed. At these sizes the change has no effect "
+            "(for instance a memory that no document is long enough to reach)."
+        )
     return Analysis(
         arms=arms,
         baseline=baseline,
@@ -218,7 +224,7 @@ def _several(record: StudyRecord, comparisons: list[statistics.Comparison]) -> s
         worse = (c.mean > 0) == (record.direction == "minimize")
         p = c.p_holm if c.clear else c.p_t_holm
         verb, interval = "worsens" if worse else "improves", f"[{c.low:+.3g}, {c.high:+.3g}]"
-        said.append(f"{c.arm} {verb} {record.metric} by {abs(c.mean):.3g}, {interval} (corrected p {number(p, 2)})")
+        said.append(f"{c.arm} {verb} {record.metric} by {abs(c.mean):.3g} {interval} (corrected p {number(p, 2)})")
     more = len(comparisons) - SAID
     return "; ".join(said) + (f"; and {more} more" if more > 0 else "")
 

@@ -46,7 +46,7 @@ def results(analysis: Analysis) -> Table:
 
 def _arms(analysis: Analysis) -> Table:
     metric = analysis.record.metric
-    many = any(c.test == "t" for c in analysis.comparisons)
+    many = all(c.test == "t" for c in analysis.comparisons)
     head = [
         "arm",
         metric,
@@ -54,7 +54,7 @@ def _arms(analysis: Analysis) -> Table:
         "difference [95 % interval]",
         "d_z",
         *([] if many else ["p exact"]),
-        "p t-test",
+        "p (t)",
         "detectable",
     ]
     head += ["parameters", "training FLOPs", "seconds"]
@@ -75,10 +75,11 @@ def _arms(analysis: Analysis) -> Table:
     over = f"{len(analysis.comparisons)} arm{'s' if len(analysis.comparisons) > 1 else ''}"
     note = (
         "Mean \u00b1 standard deviation over seeds. Differences are paired by seed (the same data in the same order), "
-        "arm minus baseline, with 95 % t intervals, each for itself. d_z: mean over standard deviation of the differences. "
-        f"{exact}p t-test: paired and two-sided, if differences are normal; p is Holm-corrected over {over}. "
-        "detectable: the true difference that the t-test, uncorrected, would find four times in five with this many seeds "
-        "and this spread."
+        "arm minus baseline, with 95 % t intervals, each for itself. d_z: mean over standard deviation of the "
+        "differences. "
+        f"{exact}p (t): paired t-test, two-sided, if differences are normal; p is Holm-corrected over {over}. "
+        "detectable: the true difference that the t-test, uncorrected, would find four times in five with this many "
+        "seeds and this spread."
     )
     return Table("Arms", head, rows, note, strong=0)
 
@@ -115,8 +116,8 @@ def changes(analysis: Analysis) -> Table | None:
         off = ["" if arm is first or not theirs else f"{mine / theirs - 1:+.2%}" for mine, theirs in sizes]
         tuned = dict(analysis.tuned.get(arm.name, {}))
         chosen = " ".join(f"{k}={_setting(v)}" for k, v in tuned.items())
-        rows.append([arm.name, " ".join(arm.overrides) or "no change", chosen, number(arm.parameters), off[0]])
-        rows[-1] += [number(arm.flops_per_token), off[1]]
+        rows.append([arm.name, " ".join(arm.overrides) or "no change", chosen, _size(arm.parameters), off[0]])
+        rows[-1] += [_size(arm.flops_per_token), off[1]]
     head = ["arm", "overrides", "tuned", "parameters", f"to {first.name}", "forward FLOPs a token", f"to {first.name}"]
     if not any(row[2] for row in rows):
         rows, head = [r[:2] + r[3:] for r in rows], head[:2] + head[3:]
@@ -253,7 +254,12 @@ def environments(analysis: Analysis) -> Table | None:
 def _name(analysis: Analysis, t: TrialRecord) -> str:
     if analysis.baseline is not None:
         return t.arm + (" (tuning)" if t.stage == "tune" else "")
-    return ", ".join(f"{k}={_setting(v)}" for k, v in t.params.items()) or "base"
+    arm = f"{t.arm}: " if len(analysis.arms) > 1 else ""
+    return arm + (", ".join(f"{k}={_setting(v)}" for k, v in t.params.items()) or "base")
+
+
+def _size(value: float) -> str:
+    return number(value) if value else "-"
 
 
 def _mean(arm: ArmResult) -> str:

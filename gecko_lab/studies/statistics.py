@@ -24,8 +24,8 @@ class Comparison:
 
     ``low`` and ``high`` bound the mean difference (t interval, 95 %, each arm for itself); ``effect`` is Cohen's d_z;
     ``p`` is the two-sided sign-flip test's ("sign-flip") or, with many pairs, the paired t-test's ("t"); ``p_t`` is
-    always the latter; ``p_holm`` and ``p_t_holm`` are corrected for the number of arms; ``detectable`` is the difference
-    that the t-test would find with a probability of 80 %, given this spread. NaN where there are too few pairs.
+    always the latter; ``p_holm`` and ``p_t_holm`` are corrected for the number of arms; ``detectable`` is the
+    difference that the t-test would find with a probability of 80 %, given this spread. NaN: too few pairs.
     """
 
     arm: str

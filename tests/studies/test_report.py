@@ -88,6 +88,15 @@ def test_the_command_writes_every_file(
     assert report.main([str(tmp_path), "--out", str(out / "report.md")]) == 2
 
 
+def test_an_arm_without_effect_is_pointed_out(tmp_path: Path) -> None:
+    study = ablation(tmp_path, 2)
+    for t in study.trials:
+        if t.arm in ("gecko", "real_ema"):
+            t.value = 2.0 + t.seed
+    warnings = analyse(study).warnings
+    assert any(text.startswith("real_ema: exactly the values of gecko") for text in warnings)
+
+
 def test_a_partial_study_says_what_is_missing(tmp_path: Path) -> None:
     study = ablation(tmp_path, 4)
     study.trials = [t for t in study.trials if not (t.arm == "real_ema" and t.seed > 0)]
