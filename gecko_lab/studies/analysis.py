@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shlex
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,7 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from ..errors import LabError
 from . import statistics
 from .records import StudyRecord, TrialRecord
+from .repeat import recorded
 from .svg import number
 
 AXES = {"tokens": "tokens read in training", "flops": "training FLOPs of the model", "seconds": "seconds of training"}
@@ -98,7 +96,7 @@ def analyse(record: StudyRecord, baseline: str | None = None) -> Analysis:
             "the command that began it" + (f". Trials failed with: {'; '.join(reasons[:3])}" if reasons else "")
         )
     best = (min if record.direction == "minimize" else max)(main, key=lambda t: t.value or 0.0)
-    environments = _environments(main)
+    environments = recorded(main)
     shared = {
         "record": record,
         "best": best,
@@ -174,7 +172,7 @@ def _ablation(complete: list[TrialRecord], baseline: str | None, shared: dict[st
     same = [c.arm for c in comparisons if c.seeds and not any(c.differences)]
     if same:
         warnings.append(
-            f"{', '.join(same)}: exactly the values of {baseline} on every seed. At these sizes the change has no effect "
+            f"{', '.join(same)}: exactly the values of {baseline} on every seed. At these sizes it has no effect "
             "(for instance a memory that no document is long enough to reach)."
         )
     return Analysis(
@@ -268,34 +266,5 @@ def _last(trial: TrialRecord, name: str) -> float | None:
     return next((h[name] for h in reversed(trial.history) if h.get(name) is not None), None)
 
 
-def _environments(trials: list[TrialRecord]) -> list[dict[str, Any]]:
-    """The distinct machines and versions that the runs recorded, with the number of runs of each."""
-    found: dict[str, dict[str, Any]] = {}
-    for trial in trials:
-        facts = _environment(trial.run_dir)
-        if facts is None:
-            continue
-        kept = {
-            k: facts.get(k) for k in ("git_commit", "python", "platform", "gpu", "cpu_threads", "kernels", "versions")
-        }
-        kept["fingerprint"] = (facts.get("data") or {}).get("fingerprint")
-        entry = found.setdefault(json.dumps(kept, sort_keys=True), {**kept, "runs": 0})
-        entry["runs"] += 1
-    return list(found.values())
-
-
-def _environment(run_dir: Path) -> dict[str, Any] | None:
-    try:
-        history = json.loads((run_dir / "environment.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return history[-1] if isinstance(history, list) and history and isinstance(history[-1], dict) else None
-
-
 def _plain(value: Any) -> str:
     return number(value, 4) if isinstance(value, float) else str(value)
-
-
-def run_command(trial: TrialRecord) -> str:
-    """The command that repeats one run by itself."""
-    return shlex.join(["python", "-m", "gecko_lab.train", *trial.overrides])

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import figures
-from .analysis import AXES, Analysis, ArmResult, run_command
+from .analysis import AXES, Analysis, ArmResult
 from .curves import curves
 from .records import TrialRecord
+from .repeat import run_command
 from .svg import number
 
 BEST_TRIALS = 10

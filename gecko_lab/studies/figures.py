@@ -70,8 +70,8 @@ def forest(rows: Sequence[Row], axis: str, better: str) -> str:
     bottom = 34 + 30.0 * len(rows)
     out = [vertical(x, 24, bottom, axis)]
     words = ("better", "worse") if better == "left" else ("worse", "better")
-    for word, anchor, at, arrow in ((words[0], "end", -10, "\u2190 {}"), (words[1], "start", 10, "{} \u2192")):
-        out.append(text(x(0) + at, 14, arrow.format(word), anchor, "soft"))
+    for word, anchor, shift, arrow in ((words[0], "end", -10, "\u2190 {}"), (words[1], "start", 10, "{} \u2192")):
+        out.append(text(x(0) + shift, 14, arrow.format(word), anchor, "soft"))
     out.append(f'<path d="M{x(0):.1f} 20V{bottom:.1f}" style="stroke:var(--soft)" stroke-dasharray="4 3"/>')
     for i, row in enumerate(rows):
         y, tint = 44 + 30.0 * i, colour(row.place)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from html import escape
 
 from . import exhibits, svg
-from .analysis import Analysis, run_command
+from .analysis import Analysis
 from .exhibits import Figure, Table
+from .repeat import run_command
 
 LONG = 15  # rows of a table that stay in sight
 CSS = """
