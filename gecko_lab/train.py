@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from .config import TrainConfig
+from .config import TrainConfig, TrainerConfig
 from .errors import LabError, RunError
 
 log = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ def _train(config: TrainConfig, folder: Any) -> dict[str, float]:
     from .telemetry.record import last_validation
 
     _quiet()
+    _check_devices(config.trainer)
     first = _is_first_process()
     if first:
         folder.check_free(config.resume)
@@ -149,6 +150,15 @@ def _train(config: TrainConfig, folder: Any) -> dict[str, float]:
         logger.save()
         _conclude(config, model, data, results, folder, logger)
     return results
+
+
+def _check_devices(options: TrainerConfig) -> None:
+    """Raise RunError for devices that this machine does not have."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if options.accelerator == "gpu" and not gpus:
+        raise RunError("trainer.accelerator=gpu: no CUDA device here; use trainer.accelerator=cpu, or auto")
+    if options.accelerator != "cpu" and gpus and options.devices > gpus:
+        raise RunError(f"trainer.devices={options.devices}: this machine has {gpus} CUDA device(s)")
 
 
 def _is_first_process() -> bool:

@@ -12,6 +12,7 @@ from . import rows, tiles
 from .documents import document_starts
 
 KERNELS = (*rows.MODULES, *tiles.MODULES)
+SPILL_BUDGET = 64  # bytes: a few registers around the wgmma loop, and of the float32 row kernel on sm_120
 _DTYPES = (torch.bfloat16, torch.float32)
 
 

@@ -68,7 +68,7 @@ def test_a_run_folder_is_not_overwritten(text: Path, tmp_path: Path) -> None:
         (["data=text", "data.path=latin.txt"], "latin.txt"),
         (["model.vocab_size=100"], "vocab_size"),
         (["resume=auto"], "holds no run"),
-        (["trainer.accelerator=gpu", "trainer.devices=64"], "devices"),
+        (["trainer.accelerator=gpu", "trainer.devices=64"], "CUDA device"),
     ],
     ids=lambda v: v[-1].replace("/", ".") if isinstance(v, list) else "",
 )
