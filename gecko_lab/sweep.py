@@ -125,8 +125,8 @@ def run(arguments: list[str]) -> int:
     arms = {arm.name: arm.overrides for arm in prepared}
     workers = launch.workers or max(1, len(devices))
     ledgers = [Ledger(storage, name, sweep, arms, patience=launch.patience) for _ in range(workers)]
-    ledgers[0].reap()
-    ledgers[0].fill(failed=launch.retry_failed)
+    ledgers[0].reap(ledgers[0].trials())
+    ledgers[0].fill(ledgers[0].trials(), failed=launch.retry_failed)
     stopped = _work(ledgers, folder, devices)
     return _conclude(load_study(storage, name), folder, stopped)
 

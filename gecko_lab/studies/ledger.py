@@ -21,6 +21,7 @@ from ..errors import LabError
 from . import plan, space
 from .sweepfile import Sweep
 
+OWNERLESS = 6  # a claim that was not followed by its owner's name within this part of the patience is lost
 ENDS = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
 
 
@@ -74,24 +75,35 @@ class Ledger:
         self.study = optuna.load_study(study_name=name, storage=storage)
         self.seen: dict[int, tuple[Any, float]] = {}
 
-    def fill(self, *, failed: bool = False) -> None:
-        """Add the trials that are missing."""
-        plan.fill(self.study, self.sweep, list(self.arms), failed=failed)
+    def trials(self) -> list[FrozenTrial]:
+        """What the storage holds now."""
+        return self.study.get_trials(deepcopy=False)
 
-    def claim(self) -> Claim | None:
-        """A waiting trial, now this worker's, with its parameters chosen; None when none waits."""
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+    def fill(self, trials: list[FrozenTrial], *, failed: bool = False) -> bool:
+        """Add the trials that are missing; whether there were any."""
+        return plan.fill(self.study, self.sweep, list(self.arms), trials, failed=failed)
+
+    def claim(self, trials: list[FrozenTrial]) -> Claim | None:
+        """One of the waiting trials, now this worker's, with its parameters chosen; None when others took them all.
+
+        Trials are numbered as they are stored: whoever sees one sees those that came before it.
+        """
+        counted = {t.number for row in plan.attempts(trials).values() for t in row}
+        for trial in trials:
+            if trial.state != TrialState.WAITING:
+                continue
             try:
                 if not self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
                     continue
             except UpdateFinishedTrialError:
                 continue
-            row = plan.attempts(self.study.get_trials(deepcopy=False)).get(trial.user_attrs.get("slot", ""), [])
-            if trial.number not in [t.number for t in row]:
-                self.storage.set_trial_user_attr(trial._trial_id, "duplicate", True)
-                self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-                continue
-            return self._begin(trial)
+            if trial.number in counted:
+                try:
+                    return self._begin(trial)
+                except UpdateFinishedTrialError:
+                    continue  # taken for dead meanwhile
+            self.storage.set_trial_user_attr(trial._trial_id, "duplicate", True)
+            self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         return None
 
     def _begin(self, trial: FrozenTrial) -> Claim:
@@ -124,6 +136,8 @@ class Ledger:
             self.storage.set_trial_intermediate_value(claim.id, step, value)
         except UpdateFinishedTrialError as error:
             raise Lost(f"trial {claim.number}") from error
+        if self.sweep.pruner["name"] == "none":
+            return False
         view = self._view(claim.arm, claim.number)
         return view.pruner.prune(view, self.storage.get_trial(claim.id))
 
@@ -140,33 +154,31 @@ class Ledger:
         except UpdateFinishedTrialError as error:
             raise Lost(f"trial {claim.number}") from error
 
-    def reap(self) -> None:
+    def reap(self, trials: list[FrozenTrial]) -> bool:
         """Close the trials of workers that are gone: at once on this machine, elsewhere when the beat stands still."""
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        closed = False
+        for trial in trials:
+            if trial.state != TrialState.RUNNING:
+                continue
             owner, beat = trial.user_attrs.get("began", {}).get("worker", {}), trial.user_attrs.get("beat", 0)
             before, since = self.seen.get(trial.number, (None, 0.0))
             if trial.number not in self.seen or before != beat:
                 self.seen[trial.number] = (beat, time.monotonic())
                 since = time.monotonic()
-            if gone(owner) or time.monotonic() - since > self.patience:
+            patience = self.patience if owner else self.patience / OWNERLESS
+            if gone(owner) or time.monotonic() - since > patience:
                 claim = Claim(trial._trial_id, trial.number, "", 0, "", [])
                 try:
                     self.end(claim, Outcome(plan.LOST, error=f"its worker is gone ({owner.get('host', 'unknown')})"))
+                    closed = True
                 except Lost:
                     continue  # another worker was faster, or it ended after all
+        return closed
 
-    def waiting(self) -> bool:
-        """Whether any trial waits."""
-        return bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
-
-    def unfinished(self) -> bool:
-        """Whether any trial waits or runs."""
-        return bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING)))
-
-    def check_fuse(self) -> None:
+    def check_fuse(self, trials: list[FrozenTrial]) -> None:
         """Raise LabError when the first trials all failed: the rest would, too."""
-        done = [t for t in self.study.get_trials(deepcopy=False) if t.state.is_finished()]
-        done = [t for t in done if not (plan.why_again(t) or t.user_attrs.get("duplicate"))]
+        ended = [t for t in trials if t.state.is_finished()]
+        done = [t for t in ended if not (plan.why_again(t) or t.user_attrs.get("duplicate"))]
         if len(done) >= 3 and all(t.state == TrialState.FAIL for t in done):
             raise LabError(
                 f"every trial so far failed ({len(done)}), so the study stops. The last said: "

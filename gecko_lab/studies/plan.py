@@ -93,15 +93,16 @@ def again(row: list[FrozenTrial]) -> bool:
     return why == STOPPED or (why == LOST and lost <= RETRIES)
 
 
-def fill(study: optuna.Study, sweep: Sweep, arms: list[str], *, failed: bool = False) -> None:
-    """Add a waiting trial for every slot that needs one; with ``failed`` also where a trial failed for good."""
-    trials = study.get_trials(deepcopy=False)
-    by_slot = attempts(trials)
+def fill(
+    study: optuna.Study, sweep: Sweep, arms: list[str], trials: list[FrozenTrial], *, failed: bool = False
+) -> bool:
+    """Add a waiting trial for every slot that needs one, with ``failed`` also where one failed; whether any did."""
+    by_slot, added = attempts(trials), False
     for slot in slots(sweep, arms, trials):
         row = by_slot.get(slot.key, [])
         if row and not again(row) and not (failed and row[-1].state == TrialState.FAIL):
             continue
-        fixed = row[-1].params if row else {}
+        fixed, added = row[-1].params if row else {}, True
         study.enqueue_trial(
             {**slot.fixed, **fixed},
             user_attrs={
@@ -113,3 +114,4 @@ def fill(study: optuna.Study, sweep: Sweep, arms: list[str], *, failed: bool = F
                 "params": slot.fixed,
             },
         )
+    return added

@@ -56,9 +56,8 @@ class Link:
 def run(assignment: dict[str, Any], ask: Ask) -> dict[str, Any]:
     """Train as assigned; what became of it, in the terms of the ``end`` event."""
     import torch
-    from omegaconf import OmegaConf
 
-    from .. import build, train
+    from .. import train
     from ..errors import LabError
     from . import arms
     from .callbacks import Pruned, Reporter
@@ -67,13 +66,11 @@ def run(assignment: dict[str, Any], ask: Ask) -> dict[str, Any]:
     make_trainer = train.make_trainer
     try:
         config, model = arms.built(assignment["overrides"])
-        steps = arms.steps(assignment["budget"], config, model)
+        config.trainer.max_steps = arms.steps(assignment["budget"], config, model)
         facts["parameters"] = model.num_parameters()
-        node = build.compose([*assignment["overrides"], f"trainer.max_steps={steps}"])
-        config = build.to_config(node)
         reporter = Reporter(assignment["metric"], ask, assignment["budget"].get("seconds", math.inf))
         train.make_trainer = lambda c, folder, parts, logger: make_trainer(c, folder, [*parts, reporter], logger)
-        facts["metrics"] = train.train(config, assignment["run_dir"], OmegaConf.to_yaml(node, resolve=True))
+        facts["metrics"] = train.train(config, assignment["run_dir"])
         facts["value"] = facts["metrics"].get(assignment["metric"])
         if facts["value"] is None or not math.isfinite(facts["value"]):
             error = f"{assignment['metric']} is {facts['value']} at the end"

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from optuna.trial import TrialState
+
 from ..errors import LabError
 from . import plan
 from .code import fingerprint
@@ -31,16 +33,20 @@ def work(ledger: Ledger, run: Runner, stop: threading.Event, *, code: str | None
     no longer that of ``code``, and when every trial fails.
     """
     while not stop.is_set():
-        ledger.reap()
-        ledger.check_fuse()
-        ledger.fill()
-        if code is not None and ledger.waiting() and fingerprint() != code:
-            raise LabError("the source code changed since the study began; go on with allow_code_change=true")
-        claim = ledger.claim()
-        if claim is None:
-            if not ledger.unfinished():
+        trials = ledger.trials()
+        ledger.check_fuse(trials)
+        if ledger.reap(trials) or ledger.fill(trials):
+            continue
+        states = {trial.state for trial in trials}
+        if TrialState.WAITING not in states:
+            if TrialState.RUNNING not in states:
                 return
             stop.wait(poll)
+            continue
+        if code is not None and fingerprint() != code:
+            raise LabError("the source code changed since the study began; go on with allow_code_change=true")
+        claim = ledger.claim(trials)
+        if claim is None:
             continue
         try:
             outcome = run(
@@ -56,6 +62,8 @@ def work(ledger: Ledger, run: Runner, stop: threading.Event, *, code: str | None
 
 class Process:
     """Runs a trial as ``python -m gecko_lab.studies.trial`` on one device."""
+
+    command = (sys.executable, "-m", "gecko_lab.studies.trial")
 
     def __init__(self, folder: Path, metric: str, budget: dict[str, float], device: str | None, threads: int) -> None:
         self.folder, self.metric, self.budget = folder, metric, budget
@@ -77,7 +85,7 @@ class Process:
         log = runs / f"{claim.run}.log"
         with log.open("a") as file:
             child = subprocess.Popen(
-                [sys.executable, "-m", "gecko_lab.studies.trial"],
+                self.command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,

@@ -43,7 +43,10 @@ def test_the_grammar_of_a_space(text: str, kind: str, values: tuple) -> None:
     assert getattr(d.distribution, "log", False) == ("log" in text)
 
 
-@pytest.mark.parametrize("text", ["range(3,3)", "interval(3,1)", "5", "choice()", "glob(*)", "1,1", "tag(log,interval(0,1))"])
+EMPTY = ["range(3,3)", "interval(3,1)", "5", "choice()", "glob(*)", "1,1", "tag(log,interval(0,1))"]
+
+
+@pytest.mark.parametrize("text", EMPTY)
 def test_a_space_without_values_is_refused(text: str) -> None:
     with pytest.raises(LabError, match=r"optim\.lr="):
         dimension("optim.lr", text)
@@ -164,7 +167,7 @@ def test_another_study_or_code_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(LabError, match=r"belongs to another study.*base: there \[\], here \['model\.dim=32'\]"):
         join(storage, "s", Sweep("ablation", arms={"baseline": []}, base=["model.dim=32"]), found, tmp_path)
     monkeypatch.setattr("gecko_lab.studies.study.fingerprint", lambda: "other")
-    with pytest.raises(LabError, match="began with other code.*allow_code_change=true"):
+    with pytest.raises(LabError, match=r"began with other code.*allow_code_change=true"):
         join(storage, "s", sweep, found, tmp_path)
     assert (tmp_path / "journal.log").read_bytes().count(b"codes") == before.count(b"codes") == 1
     join(storage, "s", sweep, found, tmp_path, allow_code_change=True)
@@ -211,7 +214,9 @@ def test_a_database_by_url(tmp_path: Path) -> None:
         load_study(url, "t")
 
 
-def test_user_mistakes_end_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_mistakes_end_with_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(ABLATION | {"arms": {"baseline": [], "x": ["+ablation=no_awn"]}}))
     for arguments, message in [

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,14 +28,14 @@ BASE = [
 
 
 @pytest.fixture
-def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "text"
     folder.mkdir()
     for i in range(20):
-        (folder / f"{i:02}.txt").write_text(f"Document {i}. " + "The gecko climbs the wall and sees the moon. " * (5 + i))
+        (folder / f"{i:02}.txt").write_text("The gecko climbs the wall and sees the moon. " * (5 + i))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield folder
+    return folder
 
 
 def test_a_study_of_two_trials_of_three_steps(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,39 +58,61 @@ def test_a_study_of_two_trials_of_three_steps(text: Path, tmp_path: Path, monkey
     assert len(load_study(tmp_path / "studies" / "two").trials) == 2
 
 
-def test_a_killed_a_stopped_and_an_orphaned_trial(text: Path, tmp_path: Path) -> None:
-    """One process each: killed from outside is lost; told to stop is stopped; without its worker it ends."""
-    claim = lambda n: Claim(n, n, "a", 0, f"r{n}", [*BASE, "data=text", f"data.path={text}", "log.validate_every_n_steps=1000"])
-    process = Process(tmp_path, "val/loss", {"steps": 100_000}, None, 1)
-    log = lambda n: (tmp_path / "runs" / f"r{n}" / "metrics.jsonl")
-    for n, act in ((0, "kill"), (1, "stop")):
-        stop, began = threading.Event(), []
+CHILD = """
+import json, os, signal, sys, time
+assigned = json.loads(sys.stdin.readline())["overrides"]
+say = lambda **event: print(json.dumps(event), flush=True)
+def asked(*_):
+    say(event="end", state="stopped", error="stopped by a signal")
+    os._exit(75)
+signal.signal(signal.SIGTERM, asked)
+say(event="report", step=1, value=2.0)
+answer = sys.stdin.readline().strip()
+if answer == "prune":
+    say(event="end", state="pruned", value=2.0)
+elif assigned == ["die"]:
+    os.kill(os.getpid(), signal.SIGKILL)
+elif assigned == ["crash"]:
+    sys.exit("no such thing")
+else:
+    time.sleep(60)
+"""
 
-        def alive(n: int = n, act: str = act, stop: threading.Event = stop, began: list = began) -> None:
-            if log(n).exists() and not began:
-                began.append(1)
-                if act == "stop":
-                    stop.set()
-                else:
-                    os.kill(_children()[0], signal.SIGKILL)
 
-        outcome = process(claim(n), lambda step, value: False, alive, stop)
-        assert outcome.state == {"kill": "lost", "stop": "stopped"}[act]
-        assert outcome.error
-    assert list((tmp_path / "runs" / "r1" / "checkpoints").glob("step-*.ckpt"))
+@pytest.mark.parametrize(
+    ("order", "state"),
+    [("die", "lost"), ("crash", "failed"), ("stop", "stopped"), ("terminate", "lost"), ("prune", "pruned")],
+)
+def test_how_a_process_ends_is_told_apart(order: str, state: str, tmp_path: Path) -> None:
+    process, stop = Process(tmp_path, "val/loss", {}, None, 1), threading.Event()
+    process.command = (sys.executable, "-c", CHILD)
+
+    def report(step: int, value: float) -> bool:
+        assert (step, value) == (1, 2.0)
+        if order == "stop":
+            stop.set()
+        if order == "terminate":  # by another than the sweep
+            threading.Timer(0.3, lambda: [os.kill(p, signal.SIGTERM) for p in _children()]).start()
+        return order == "prune"
+
+    outcome = process(Claim(0, 0, "a", 0, "r", [order]), report, lambda: None, stop)
+    assert outcome.state == state
+    assert (outcome.error is None) == (state == "pruned")
     assert not _children()
 
 
 def _children() -> list[int]:
-    done = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True)
-    return [int(line.split()[0]) for line in done.stdout.splitlines() if "gecko_lab.studies.trial" in line]
+    listing = ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())]
+    done = subprocess.run(listing, capture_output=True, text=True, check=True)
+    return [int(line.split()[0]) for line in done.stdout.splitlines() if " -c" in line]
 
 
 def test_a_trial_without_its_worker_ends(tmp_path: Path) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", "import sys, time; from gecko_lab.studies.trial import Link; "
          "Link(sys.stdout, sys.stdin).listen(); print('on', flush=True); time.sleep(60)"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert child.stdout is not None
     assert child.stdin is not None
@@ -116,7 +137,8 @@ def test_pruned_nan_and_mistakes_are_told_apart(text: Path, tmp_path: Path) -> N
     assert pruned["state"] == "pruned"
     assert pruned["value"] > 0
     assert steps == [1, 2]
-    nan = run(assignment(text, tmp_path / "b", "optim.lr=1e30", "optim.clip=0", "optim.warmup_steps=0"), lambda *a: False)
+    hot = ["optim.lr=1e30", "optim.clip=0", "optim.warmup_steps=0"]
+    nan = run(assignment(text, tmp_path / "b", *hot), lambda *a: False)
     assert nan["state"] == "failed"
     assert "nan" in nan["error"].lower() or "inf" in nan["error"].lower()
     wrong = run(assignment(text, tmp_path / "c", "data.path=/no/such/text"), lambda *a: False)
@@ -126,10 +148,8 @@ def test_pruned_nan_and_mistakes_are_told_apart(text: Path, tmp_path: Path) -> N
 
 def test_a_budget_of_seconds_ends_the_run(text: Path, tmp_path: Path) -> None:
     began = time.monotonic()
-    done = run(
-        assignment(text, tmp_path / "a", "trainer.max_steps=100000", "log.validate_every_n_steps=100000", budget={"seconds": 0.5}),
-        lambda *a: False,
-    )
+    endless = ["trainer.max_steps=100000", "log.validate_every_n_steps=100000"]
+    done = run(assignment(text, tmp_path / "a", *endless, budget={"seconds": 0.5}), lambda *a: False)
     assert done["state"] == "complete"
     assert time.monotonic() - began < 30
 
