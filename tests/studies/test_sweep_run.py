@@ -60,7 +60,7 @@ def test_a_study_of_two_trials_of_three_steps(text: Path, tmp_path: Path, monkey
 
 CHILD = """
 import json, os, signal, sys, time
-assigned = json.loads(sys.stdin.readline())["overrides"]
+assigned = json.loads(sys.stdin.readline())["overrides"][:1]
 say = lambda **event: print(json.dumps(event), flush=True)
 def asked(*_):
     say(event="end", state="stopped", error="stopped by a signal")
