@@ -206,7 +206,7 @@ def _from_checkpoint(file: Path, run: Path | None = None) -> Artifact:
 def read_training(run: Path) -> tuple[TrainConfig | None, list[str]]:
     """The data and trainer sections of a run's config.yaml, and why there are none."""
     from omegaconf import OmegaConf
-    from yaml import YAMLError  # type: ignore[import-untyped]
+    from yaml import YAMLError
 
     file = run / "config.yaml"
     try:

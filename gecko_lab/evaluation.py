@@ -120,10 +120,9 @@ def evaluate(
     with torch.device("meta"):
         module = LitLanguageModel(TrainConfig(model=artifact.model.config, trainer=trainer), bos_id=tokenizer.bos_id)
     precision = resolve(precision or trainer.precision, where.type)
-    model = artifact.model.to(where)
+    module.model = artifact.model.to(where)
     if precision == "bf16-true":
-        model = MatricesInBF16(where.type).convert_module(copy.deepcopy(model))
-    module.model = model
+        module.model = MatricesInBF16(where.type).convert_module(copy.deepcopy(module.model))  # type: ignore[assignment]
     if stream:
         work = document_batches(text.source, tokenizer, rows, limit, module, length)
     else:

@@ -33,7 +33,7 @@ class MatricesInBF16(MixedPrecision):
         return module
 
 
-def trainer_options(precision: str, accelerator: str) -> tuple[str | None, list[Any]]:
+def trainer_options(precision: str, accelerator: str) -> tuple[Any, list[Any]]:
     """``precision`` and ``plugins`` of Lightning's Trainer."""
     name = resolve(precision, accelerator)
     if name == "bf16-true":

@@ -66,7 +66,7 @@ def _tiled(x: Tensor, modes: int, shared: int) -> bool:
         and x.shape[1] >= _TILED_LENGTH
         and x.shape[2] % 8 == 0
         and x.data_ptr() % 16 == 0
-        and shared <= torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+        and shared <= getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin")  # noqa: B009
     )
 
 
