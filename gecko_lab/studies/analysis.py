@@ -222,7 +222,7 @@ def _several(record: StudyRecord, comparisons: list[statistics.Comparison]) -> s
         worse = (c.mean > 0) == (record.direction == "minimize")
         p = c.p_holm if c.clear else c.p_t_holm
         verb, interval = "worsens" if worse else "improves", f"[{c.low:+.3g}, {c.high:+.3g}]"
-        said.append(f"{c.arm} {verb} {record.metric} by {abs(c.mean):.3g} {interval} (corrected p {number(p, 2)})")
+        said.append(f"{c.arm} {verb} {record.metric} by {abs(c.mean):.3g} {interval} (corrected p {number(p, 3)})")
     more = len(comparisons) - SAID
     return "; ".join(said) + (f"; and {more} more" if more > 0 else "")
 

@@ -68,7 +68,7 @@ def _arms(analysis: Analysis) -> Table:
             row += ["baseline" if c is None else "no pair", *[""] * (3 if many else 4)]
         else:
             interval = f" [{c.low:+.4f}, {c.high:+.4f}]" if math.isfinite(c.low) else ""
-            p_values = [number(p, 2) for p in ([c.p_t_holm] if many else [c.p_holm, c.p_t_holm])]
+            p_values = [number(p, 3) for p in ([c.p_t_holm] if many else [c.p_holm, c.p_t_holm])]
             row += [f"{c.mean:+.4f}{interval}", number(c.effect, 2), *p_values, number(c.detectable, 2)]
         sizes = (float(arm.parameters) if arm.trials else math.nan, arm.total("flops"), arm.total("seconds"))
         rows.append([*row, *(number(size) for size in sizes)])

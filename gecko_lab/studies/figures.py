@@ -107,7 +107,7 @@ def curves(panels: Sequence[tuple[str, Sequence[Curve]]], y_axis: str, baseline:
     mark = f"clip{crc32(repr(panels).encode()):x}"  # a page may hold several figures
     for p, (axis, group) in enumerate(panels):
         start = left + p * (each + gap)
-        ends = [pt[0] for c in group for pt in c.points]
+        ends = [points[-1][0] for c in group for points in (c.points, *c.faint) if points]
         x = Scale(0.0, max(ends, default=1.0) or 1.0, start, start + each)
         out.append(
             f'<clipPath id="{mark}{p}">'
@@ -179,11 +179,12 @@ def dots(points: Sequence[Dot], x_axis: str, y_axis: str, names: Sequence[str]) 
 
 
 def _window(curves: Sequence[Curve]) -> tuple[float, float]:
-    """The y values of the curves after the first tenth of their points."""
+    """From the lowest value to the highest that a mean has after the first tenth of its points."""
     values = [y for c in curves for y in [p[1] for p in c.points][len(c.points) // 10 :] if math.isfinite(y)]
+    lowest = [min(ys) for c in curves for line in c.faint if (ys := [p[1] for p in line if math.isfinite(p[1])])]
     late = [[p[1] for p in c.points][max(1, len(c.points) // 10)] for c in curves if len(c.points) > 2]
     high = max([v for v in late if math.isfinite(v)], default=max(values, default=1.0))
-    return _pad([min(values, default=0.0), high])
+    return _pad([min([*values, *lowest], default=0.0), high])
 
 
 def _pad(values: Sequence[float]) -> tuple[float, float]:
