@@ -16,8 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
-
 from .errors import LabError
 
 STOPPED = 75  # as of a run that a signal ended: the same command goes on
@@ -43,6 +41,8 @@ class Launch:
 
 def parse(arguments: list[str]) -> tuple[Launch, dict[str, Any], list[str], list[str]]:
     """(how to run, fields of the sweep, names of arms, overrides of the runs) of the command line."""
+    from .studies.sweepfile import value
+
     launch, options, arms, overrides = Launch(), {}, [], []
     types = {f.name: type(f.default) for f in fields(Launch)}
     for argument in arguments:
@@ -55,28 +55,17 @@ def parse(arguments: list[str]) -> tuple[Launch, dict[str, Any], list[str], list
         elif key == "arms":
             arms = text.strip("[]").split(",")
         elif key == "seeds":
-            options[key] = yaml.safe_load(f"[{text.strip('[]')}]")
+            options[key] = value(f"[{text.strip('[]')}]")
         elif key in EDITABLE:
-            options[key] = yaml.safe_load(text)
+            options[key] = value(text)
         elif head in NESTED and tail:
             nested = options.setdefault(head, {})
             if isinstance(nested, str):
                 nested = options[head] = {"name": nested}
-            nested[tail] = text if head == "tune" else _number(text)
+            nested[tail] = text if head == "tune" else value(text)
         else:
             overrides.append(argument)
     return launch, options, arms, overrides
-
-
-def _number(text: str) -> Any:
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        return yaml.safe_load(text)
 
 
 def _convert(key: str, text: str, kind: type) -> Any:

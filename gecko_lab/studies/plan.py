@@ -62,8 +62,9 @@ def _best(sweep: Sweep, tuning: list[Slot], trials: list[FrozenTrial]) -> dict[s
         row = by_slot.get(slot.key)
         if not row or again(row) or not row[-1].state.is_finished():
             return None
-        if row[-1].state == TrialState.COMPLETE:
-            done.append((row[-1].value, slot.fixed))
+        value = row[-1].value
+        if row[-1].state == TrialState.COMPLETE and value is not None:
+            done.append((value, slot.fixed))
     pick = min if sweep.direction == "minimize" else max
     return pick(done, key=lambda pair: pair[0])[1] if done else None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
 
 from ..errors import LabError
 from ..run import git_commit, write_atomic
@@ -25,7 +26,8 @@ def join(
 
     Raises LabError when the study asks something else, was not made here, or began with other code.
     """
-    study = optuna.create_study(study_name=name, storage=storage, direction=sweep.direction, load_if_exists=True)
+    direction = StudyDirection[sweep.direction.upper()]
+    study = optuna.create_study(study_name=name, storage=storage, direction=direction, load_if_exists=True)
     facts = study.user_attrs.get(ATTRIBUTE)
     if facts is None:
         if study.get_trials(deepcopy=False):

@@ -8,7 +8,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ..components.registry import nearest
 from ..errors import LabError
@@ -72,12 +74,20 @@ def read(name: str) -> tuple[str, dict[str, Any]]:
     else:
         raise LabError(f"unknown sweep {name!r}. {nearest(name, shipped())} Or give a .yaml file.")
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        content = OmegaConf.to_container(OmegaConf.create(text))
+    except (YAMLError, OmegaConfBaseException) as error:
         raise LabError(f"{name}: is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise LabError(f"{name}: a sweep file is a mapping with kind, question, space or arms, ...")
-    return title, content
+    return title, {str(key): field for key, field in content.items()}
+
+
+def value(text: str) -> Any:
+    """One value as YAML writes it; LabError for what is none."""
+    try:
+        return OmegaConf.to_container(OmegaConf.create("value: " + text))["value"]  # type: ignore[index, call-overload]
+    except (YAMLError, OmegaConfBaseException, KeyError) as error:
+        raise LabError(f"{text}: cannot be read as a value") from error
 
 
 def make_sweep(content: dict[str, Any], variant: str, options: dict[str, Any], overrides: list[str]) -> Sweep:

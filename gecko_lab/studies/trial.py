@@ -69,7 +69,9 @@ def run(assignment: dict[str, Any], ask: Ask) -> dict[str, Any]:
         config.trainer.max_steps = arms.steps(assignment["budget"], config, model)
         facts["parameters"] = model.num_parameters()
         reporter = Reporter(assignment["metric"], ask, assignment["budget"].get("seconds", math.inf))
-        train.make_trainer = lambda c, folder, parts, logger: make_trainer(c, folder, [*parts, reporter], logger)
+        train.make_trainer = lambda config, folder, callbacks, logger: make_trainer(
+            config, folder, [*callbacks, reporter], logger
+        )
         facts["metrics"] = train.train(config, assignment["run_dir"])
         facts["value"] = facts["metrics"].get(assignment["metric"])
         if facts["value"] is None or not math.isfinite(facts["value"]):
