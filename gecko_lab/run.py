@@ -20,6 +20,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -56,6 +57,14 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn what a full or failing disk raises into a RunError that says what is left."""
+    before = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread, and raises there and again here: once is enough."""
+        if not (isinstance(failure.exc_value, OSError) and failure.exc_value.errno in DISK_ERRORS):
+            before(failure)
+
+    threading.excepthook = hook
     try:
         yield
     except OSError as error:
@@ -63,6 +72,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise
         where = f"{path}: {os.strerror(error.errno)}" + (f" ({error.filename})" if error.filename else "")
         raise RunError(f"{where}. Checkpoints are untouched: make room, then continue with resume=auto") from error
+    finally:
+        threading.excepthook = before
 
 
 class RunFolder:

@@ -81,6 +81,7 @@ def train(config: TrainConfig, run_dir: str | Path) -> dict[str, float]:
 def _train(config: TrainConfig, folder: Any) -> dict[str, float]:
     import lightning as L
     from lightning.pytorch.loggers import TensorBoardLogger
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from . import checkpoint as checkpoints
     from . import resume
@@ -137,7 +138,7 @@ def _train(config: TrainConfig, folder: Any) -> dict[str, float]:
         write_hyperparameters(logger.experiment, _flat(OmegaConf.to_container(resolved)))
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(start.path) if start.path else None)
-    except Interrupted:
+    except (Interrupted, SIGTERMException):  # Lightning's own, exit code 0, when the signal came before the first step
         if first:
             print(f"\nStopped at step {trainer.global_step}. Continue with: python -m gecko_lab.train ... "
                   f"hydra.run.dir={folder.path} resume=auto", flush=True)

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from runs import TINY, differences, outcome, record, run
+from runs import STEPS, TINY, differences, outcome, record, run
 
 from gecko_lab import checkpoint
 from gecko_lab.errors import RunError
 from gecko_lab.run import RunFolder
+from gecko_lab.telemetry import Recorder
 from gecko_lab.telemetry.record import MetricsFile
 
 OPTIONS = (
@@ -204,3 +205,21 @@ def test_a_signal_saves_and_exits_75(how: str, text: Path, tmp_path: Path, refer
         assert (tmp_path / "requeued").read_text() == "requeue 77\n"
     run(folder, text, *OPTIONS, "resume=auto", f"trainer.max_steps={step + 2}")
     assert {s for s, _, _ in record(folder)} == set(range(1, step + 3))
+
+
+def test_sigterm_before_the_first_step_is_no_finished_run(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Recorder.on_train_start
+
+    def start(*args: Any) -> None:  # Lightning's handler is in place, ours not yet
+        os.kill(os.getpid(), signal.SIGTERM)
+        begin(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "on_train_start", start)
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path / "run", text, *OPTIONS)
+    assert stop.value.code == 75
+    run(tmp_path / "run", text, *OPTIONS, "resume=auto")
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints")[0].name == f"step-{STEPS:08d}.ckpt"

@@ -127,7 +127,7 @@ class Torture:
             child = self.start(case, run)
             if kill:
                 fault = self.dice.choice(FAULTS)
-                time.sleep(self.dice.uniform(0, 0.8 * seconds))
+                time.sleep(self.dice.uniform(0, self.dice.choice((0.4, 0.8)) * seconds))
                 if fault == "second process":
                     self.second(case, run)
                 number = signal.SIGTERM if fault == "SIGTERM" else signal.SIGKILL
