@@ -168,8 +168,9 @@ class Ledger:
             patience = self.patience if owner else self.patience / OWNERLESS
             if gone(owner) or time.monotonic() - since > patience:
                 claim = Claim(trial._trial_id, trial.number, "", 0, "", [])
+                host = owner.get("host", "unnamed").split()[0]
                 try:
-                    self.end(claim, Outcome(plan.LOST, error=f"its worker is gone ({owner.get('host', 'unknown')})"))
+                    self.end(claim, Outcome(plan.LOST, error=f"its worker is gone ({host})"))
                     closed = True
                 except Lost:
                     continue  # another worker was faster, or it ended after all

@@ -48,7 +48,8 @@ def best_line(record: StudyRecord) -> str:
     if not done:
         return ""
     best = (min if record.direction == "minimize" else max)(done, key=lambda t: t.value or 0.0)
-    return f"best: trial {best.number}, {best.arm} {choice(best)} seed {best.seed}: {best.value:.4f}"
+    what = " ".join(filter(None, [best.arm, choice(best), f"seed {best.seed}"]))
+    return f"best: trial {best.number}, {what}: {best.value:.4f}"
 
 
 def _time(trial: TrialRecord) -> str:
