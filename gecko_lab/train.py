@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ def make_trainer(config: Any, folder: Any, callbacks: list[Any], logger: Any) ->
     )
 
 
-def train(config: TrainConfig, run_dir: str | Path) -> dict[str, float]:
-    """Run the whole job in ``run_dir``; returns the final validation metrics.
+def train(config: TrainConfig, run_dir: str | Path, callbacks: Sequence[Any] = ()) -> dict[str, float]:
+    """Run the whole job in ``run_dir``, with further Lightning callbacks; returns the final validation metrics.
 
     Raises LabError for what the user can mend. Exits with code 75 when a signal stopped the run after a checkpoint.
     """
@@ -73,12 +74,12 @@ def train(config: TrainConfig, run_dir: str | Path) -> dict[str, float]:
     folder = RunFolder(run_dir)
     try:
         with disk_errors(folder.path):
-            return _train(config, folder)
+            return _train(config, folder, callbacks)
     finally:
         folder.release()
 
 
-def _train(config: TrainConfig, folder: Any) -> dict[str, float]:
+def _train(config: TrainConfig, folder: Any, callbacks: Sequence[Any]) -> dict[str, float]:
     import lightning as L
     from lightning.pytorch.loggers import TensorBoardLogger
     from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -133,7 +134,7 @@ def _train(config: TrainConfig, folder: Any) -> dict[str, float]:
         recorder.validated = last_validation(recorder.file.rewind(start.step))
     guard = NonFiniteGuard(folder.path, config.trainer, config.kernels)
     logger = TensorBoardLogger(save_dir=str(folder.path), name="", version="tensorboard", default_hp_metric=False)
-    trainer = make_trainer(config, folder, [recorder, guard, saver, Interrupt(saver)], logger)
+    trainer = make_trainer(config, folder, [recorder, guard, saver, Interrupt(saver), *callbacks], logger)
     if first:
         write_hyperparameters(logger.experiment, _flat(OmegaConf.to_container(resolved)))
     try:

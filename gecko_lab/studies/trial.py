@@ -63,16 +63,12 @@ def run(assignment: dict[str, Any], ask: Ask) -> dict[str, Any]:
     from .callbacks import Pruned, Reporter
 
     facts: dict[str, Any] = {"value": None, "metrics": {}, "parameters": 0, "error": None}
-    make_trainer = train.make_trainer
     try:
         config, model = arms.built(assignment["overrides"])
         config.trainer.max_steps = arms.steps(assignment["budget"], config, model)
         facts["parameters"] = model.num_parameters()
         reporter = Reporter(assignment["metric"], ask, assignment["budget"].get("seconds", math.inf))
-        train.make_trainer = lambda config, folder, callbacks, logger: make_trainer(
-            config, folder, [*callbacks, reporter], logger
-        )
-        facts["metrics"] = train.train(config, assignment["run_dir"])
+        facts["metrics"] = train.train(config, assignment["run_dir"], callbacks=[reporter])
         facts["value"] = facts["metrics"].get(assignment["metric"])
         if facts["value"] is None or not math.isfinite(facts["value"]):
             error = f"{assignment['metric']} is {facts['value']} at the end"
@@ -89,8 +85,6 @@ def run(assignment: dict[str, Any], ask: Ask) -> dict[str, Any]:
         line = (str(error).splitlines() or [""])[0]
         memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in line.lower() for w in MEMORY_WORDS)
         return facts | {"state": "failed", "error": f"{'out of memory' if memory else type(error).__name__}: {line}"}
-    finally:
-        train.make_trainer = make_trainer
 
 
 def main() -> int:

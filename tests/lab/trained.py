@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-
 from gecko_lab.build import build_config
 from gecko_lab.train import train
 
