@@ -10,7 +10,7 @@ train: $(VENV)/.ready
 	$(RUN) -m gecko_lab.train $(ARGS)
 
 test: $(VENV)/.ready
-	$(RUN) -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -q $(ARGS)
 
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .

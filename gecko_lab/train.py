@@ -26,17 +26,17 @@ TEXT = "Trains a language model; the run lands in runs/DATE_TIME (hydra.run.dir=
 def make_trainer(config: Any, folder: Any, callbacks: list[Any], logger: Any) -> Any:
     """Lightning's Trainer over one endless epoch of batches."""
     import lightning as L
-    from lightning.pytorch.callbacks import RichProgressBar
     from lightning.pytorch.plugins.environments import SLURMEnvironment
 
     from .checkpoint import SafeCheckpointIO
     from .precision import trainer_options
+    from .progress import ProgressBar
     from .strategies import make_strategy
 
     options = config.trainer
     precision, plugins = trainer_options(options.precision, options.accelerator)
-    if options.progress and sys.stderr.isatty():
-        callbacks = [*callbacks, RichProgressBar(leave=True)]
+    if options.progress:
+        callbacks = [*callbacks, ProgressBar()]
     # callbacks.Interrupt requeues
     cluster = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     return L.Trainer(
