@@ -183,6 +183,7 @@ def _quiet() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*lr_scheduler.step.*",
         ".*isinstance.treespec.*",
+        ".*is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message)
 
