@@ -55,7 +55,7 @@ class MegaBlock(nn.Module):
         m, ema = self.ema(a, documents, before.ema)
         m = self._hide(m)
         z = ops.silu(self.wz(m))
-        q, k = (heads(z * self.gamma[i] + self.beta[i], shape.num_heads) for i in (0, 1))
+        q, k = (heads((z * self.gamma[i] + self.beta[i]).to(z.dtype), shape.num_heads) for i in (0, 1))
         v = heads(self._hide(ops.silu(self.wv(a))), shape.num_heads)
         u, attention = self.attention(q / math.sqrt(shape.head_dim), k, v, documents, before.attention)
         c = self._hide(ops.silu(self.wh1(m) + self.wh2(ops.gate(u.flatten(2), self.wr(m)))))
