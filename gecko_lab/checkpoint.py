@@ -113,14 +113,6 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def latest_good(folder: Path) -> Path:
-    """The path that ``newest`` finds; RunError when there is none."""
-    found = newest(folder)
-    if found is None:
-        raise RunError(f"{folder}: no checkpoint yet")
-    return found[0]
-
-
 def rotate(folder: Path, keep: int) -> None:
     """Drop the oldest step checkpoints beyond ``keep``; the newest, which was written and synced just now, stays."""
     for old in steps(folder)[max(1, keep) :]:

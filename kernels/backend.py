@@ -58,9 +58,6 @@ def use(mode: str) -> Iterator[None]:
         set_mode(before)
 
 
-using = use
-
-
 @torch._dynamo.assume_constant_result
 def _load(op: str) -> ModuleType | str:
     if op not in _modules:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gecko_lab.kernels import ops
-from gecko_lab.kernels.backend import using
+from gecko_lab.kernels.backend import use
 from gecko_lab.kernels.row_norm import reference
 
 KINDS = ("rms_norm", "layer_norm")
@@ -18,7 +18,7 @@ FLOAT32, BFLOAT16 = 1e-5, 5e-3
 
 @pytest.fixture(autouse=True)
 def kernels_only() -> Any:
-    with using("strict"):
+    with use("strict"):
         yield
 
 

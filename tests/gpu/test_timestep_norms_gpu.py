@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gecko_lab.kernels import ops
-from gecko_lab.kernels.backend import using
+from gecko_lab.kernels.backend import use
 from gecko_lab.kernels.timestep_decay_norm.launch import plan
 from gecko_lab.kernels.timestep_decay_norm.reference import timestep_decay_norm as decay_reference
 from gecko_lab.kernels.timestep_norm.reference import timestep_norm as plain_reference
@@ -25,7 +25,7 @@ FLOAT32, BFLOAT16 = 1e-5, 5e-3
 
 @pytest.fixture(autouse=True)
 def kernels_only() -> Any:
-    with using("strict"):
+    with use("strict"):
         yield
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gecko_lab.kernels import ops
-from gecko_lab.kernels.backend import using
+from gecko_lab.kernels.backend import use
 
 SHAPES = {"7b-b1-l32768": (1, 32768, 4096), "7b-b8-l4096": (8, 4096, 4096), "1b-b1-l32768": (1, 32768, 2048)}
 DECAY = {"groups": 64, "beta1": 0.999, "beta2": 0.9999, "eps": 1e-5}
@@ -84,5 +84,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with using("strict"):
+    with use("strict"):
         main()
