@@ -17,7 +17,8 @@ class Decoder:
     while a decoder lives. Raises ValueError where the rows of ``state`` are not ``batch``.
     """
 
-    def __init__(self, model: LanguageModel, state: ModelState | None, batch: int, *, bos_id: int | None = None) -> None:
+    def __init__(self, model: LanguageModel, state: ModelState | None, batch: int, *, bos_id: int | None = None,
+                 ) -> None:
         if batch < 1:
             raise ValueError(f"batch={batch}: must be at least 1")
         rows = {t.shape[0] for t in states.tensors(state)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from gecko_lab import build_model
 from gecko_lab.decoder import Decoder
 from gecko_lab.model import LanguageModel
