@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
+
+from ..errors import LabError
 
 
 class Pruned(Exception):
@@ -34,6 +36,14 @@ class Reporter(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.global_step >= trainer.max_steps:
             return
-        value = float(trainer.callback_metrics[self.metric])
+        value = measured(trainer.callback_metrics, self.metric)
         if self.ask(trainer.global_step, value):
             raise Pruned(trainer.global_step, value)
+
+
+def measured(metrics: Mapping[str, Any], name: str) -> float:
+    """The metric of that name; LabError when this run's validation has no such metric."""
+    if name not in metrics:
+        known = ", ".join(sorted(k for k in metrics if k.startswith("val/")))
+        raise LabError(f"metric={name}: is not measured on this data; the validation measures {known}")
+    return float(metrics[name])

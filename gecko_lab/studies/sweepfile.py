@@ -16,11 +16,16 @@ from ..components.registry import nearest
 from ..errors import LabError
 from .space import Dimension, dimension, parse
 
-METRICS = ("val/bits_per_byte", "val/loss", "val/perplexity")
+METRICS = {  # names of a run's validation records, and which direction is better
+    "val/bits_per_byte": "minimize",
+    "val/loss": "minimize",
+    "val/perplexity": "minimize",
+    "val/accuracy": "maximize",  # only of data that asks for answers
+}
 BUDGETS = ("steps", "tokens", "flops", "seconds")
 CHOICES = {
     "kind": ("search", "ablation"),
-    "metric": METRICS,
+    "metric": tuple(METRICS),
     "direction": ("minimize", "maximize"),
     "match": ("none", "parameters", "flops"),
 }
@@ -35,7 +40,7 @@ class Sweep:
     kind: str
     question: str = ""
     metric: str = "val/bits_per_byte"
-    direction: str = "minimize"
+    direction: str = "minimize"  # a file's default: the metric's own
     base: list[str] = field(default_factory=list)
     arms: dict[str, list[str]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -105,6 +110,7 @@ def make_sweep(content: dict[str, Any], variant: str, options: dict[str, Any], o
                 raise LabError(f"unknown field {key!r} in {where}. {nearest(str(key), FIELDS)}")
     base = [*_strings("base", merged.get("base")), *_strings("base", layer.get("base"))]
     merged |= layer | options
+    merged.setdefault("direction", METRICS.get(str(merged.get("metric")), "minimize"))
     if "kind" not in merged:
         raise LabError("kind: is missing; search or ablation")
     for key in ("sampler", "pruner"):

@@ -60,7 +60,7 @@ def run(assignment: dict[str, Any], ask: Ask) -> dict[str, Any]:
     from .. import train
     from ..errors import LabError
     from . import arms
-    from .callbacks import Pruned, Reporter
+    from .callbacks import Pruned, Reporter, measured
 
     facts: dict[str, Any] = {"value": None, "metrics": {}, "parameters": 0, "error": None}
     try:
@@ -69,8 +69,8 @@ def run(assignment: dict[str, Any], ask: Ask) -> dict[str, Any]:
         facts["parameters"] = model.num_parameters()
         reporter = Reporter(assignment["metric"], ask, assignment["budget"].get("seconds", math.inf))
         facts["metrics"] = train.train(config, assignment["run_dir"], callbacks=[reporter])
-        facts["value"] = facts["metrics"].get(assignment["metric"])
-        if facts["value"] is None or not math.isfinite(facts["value"]):
+        facts["value"] = measured(facts["metrics"], assignment["metric"])
+        if not math.isfinite(facts["value"]):
             error = f"{assignment['metric']} is {facts['value']} at the end"
             return facts | {"state": "failed", "value": None, "error": error}
         return facts | {"state": "complete"}

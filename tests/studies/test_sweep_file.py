@@ -87,6 +87,12 @@ def test_mistakes_in_a_sweep(content: dict, options: dict, message: str | None) 
         make_sweep(content, "", options, [])
 
 
+def test_the_direction_is_the_metrics_own_unless_given() -> None:
+    assert make_sweep(SEARCH, "", {}, []).direction == "minimize"
+    assert make_sweep(SEARCH, "", {"metric": "val/accuracy"}, []).direction == "maximize"
+    assert make_sweep(SEARCH, "", {"metric": "val/loss", "direction": "maximize"}, []).direction == "maximize"
+
+
 def test_overrides_of_the_command_line_join_base_or_space() -> None:
     sweep = make_sweep(SEARCH, "", {}, ["model.dim=64", "model.num_layers=1,2", "optim.lr=3"])
     assert sweep.base == ["model.dim=64", "optim.lr=3"]

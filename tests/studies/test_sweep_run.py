@@ -145,6 +145,10 @@ def test_pruned_nan_and_mistakes_are_told_apart(text: Path, tmp_path: Path) -> N
     wrong = run(assignment(text, tmp_path / "c", "data.path=/no/such/text"), lambda *a: False)
     assert wrong["state"] == "failed"
     assert "/no/such/text" in wrong["error"]
+    unmeasured = run(assignment(text, tmp_path / "d", metric="val/accuracy"), lambda *a: False)
+    assert unmeasured["state"] == "failed"
+    assert "val/accuracy: is not measured" in unmeasured["error"]
+    assert "val/loss" in unmeasured["error"]
 
 
 def test_a_budget_of_seconds_ends_the_run(text: Path, tmp_path: Path) -> None:
