@@ -54,6 +54,8 @@ def make_trainer(config: Any, folder: Any, callbacks: list[Any], logger: Any) ->
         log_every_n_steps=config.log.every_n_steps,
         deterministic="warn" if options.deterministic else False,
         use_distributed_sampler=False,
+        # FSDP2 gathers parameters into views, and a view made in inference mode cannot be trained afterwards
+        inference_mode=options.strategy != "fsdp",
         enable_progress_bar=options.progress,
         enable_model_summary=False,
         enable_checkpointing=False,
