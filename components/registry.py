@@ -22,9 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from torch import nn
-
-C = TypeVar("C", bound=type[nn.Module])
+C = TypeVar("C", bound=type[Any])
 
 
 class UnknownComponent(ValueError):

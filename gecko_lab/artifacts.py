@@ -262,9 +262,10 @@ def device_named(name: str) -> torch.device:
     return device
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that every command over a trained model has."""
-    parser.add_argument("model", metavar="RUN", type=Path, help="a run folder, a .ckpt file or an exported folder")
+def add_model_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    """The arguments that every command over a trained model has; ``optional``: RUN may be left out."""
+    text = "a run folder, a .ckpt file or an exported folder"
+    parser.add_argument("model", metavar="RUN", type=Path, nargs="?" if optional else None, help=text)
     parser.add_argument(
         "--checkpoint",
         default="best",

@@ -40,11 +40,11 @@ def print_help(module: str, text: str, root: Any, options: dict[str, list[str]])
     console.print(groups, "")
     table = Table("field", "default", "meaning", title="Set a field", title_justify="left", box=None, pad_edge=False)
     for name, default, meaning in fields(root):
-        table.add_row(name, escape(_written(default)), escape(meaning))
+        table.add_row(name, escape(written(default)), escape(meaning))
     console.print(table)
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A value as the command line writes it."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 

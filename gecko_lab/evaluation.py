@@ -30,6 +30,7 @@ from .errors import LabError
 from .kernels import backend
 from .lit import LitLanguageModel
 from .metrics import LanguageMetrics
+from .model import LanguageModel
 from .precision import MatricesInBF16, resolve
 from .telemetry.curves import BINS, bin_of, lower_edge
 
@@ -115,14 +116,10 @@ def evaluate(
     ranks = trainer.devices * trainer.num_nodes if batch_size is None else 1
     limit = batches if batches is not None else (own.data if own and data is None else DataConfig()).val_batches
 
-    where = device_named(device)
-    backend.set_mode(own.kernels if own else "auto")
+    model, where, precision = prepared(artifact, device, precision)
     with torch.device("meta"):
         module = LitLanguageModel(TrainConfig(model=artifact.model.config, trainer=trainer), bos_id=tokenizer.bos_id)
-    precision = resolve(precision or trainer.precision, where.type)
-    module.model = artifact.model.to(where)
-    if precision == "bf16-true":
-        module.model = MatricesInBF16(where.type).convert_module(copy.deepcopy(module.model))  # type: ignore[assignment]
+    module.model = model
     if stream:
         work = document_batches(text.source, tokenizer, rows, limit, module, length)
     else:
@@ -156,6 +153,20 @@ def evaluate(
         "device": str(where),
         "precision": precision,
     }
+
+
+def prepared(
+    artifact: Artifact, device: str = "auto", precision: str | None = None
+) -> tuple[LanguageModel, torch.device, str]:
+    """The model on its device and in its precision (None: as it was trained), the device, and the precision's name."""
+    own = artifact.training
+    where = device_named(device)
+    backend.set_mode(own.kernels if own else "auto")
+    precision = resolve(precision or (own.trainer if own else TrainerConfig()).precision, where.type)
+    model = artifact.model.to(where)
+    if precision == "bf16-true":
+        model = MatricesInBF16(where.type).convert_module(copy.deepcopy(model))  # type: ignore[assignment]
+    return model, where, precision
 
 
 def find_text(artifact: Artifact, data: str | None, split: str | None, tokenizer: Tokenizer) -> Text:
