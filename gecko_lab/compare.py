@@ -23,7 +23,7 @@ command.
 
 A study becomes NN_ARM/seed_SS, the baseline first; the trials of a search become RANK_trial_NNN. Runs that are still
 going stay live.
-In TensorBoard HPARAMS compares the options and the metrics, CUSTOM SCALARS has a page of charts for each theme."""
+In TensorBoard HPARAMS has the options that differ beside the metrics, CUSTOM SCALARS a page of charts for each theme."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,10 +71,13 @@ def _main(options: argparse.Namespace) -> int:
     )
     out = options.out or default
     arrange(runs, out)
+    differ = tabulate(runs.values(), out)
     command = ["tensorboard", "--logdir", str(out), "--port", str(options.port)]
     console = Console(soft_wrap=True, highlight=False)
     for name in runs:
         console.print(name, markup=False)
+    if len(runs) > 1:
+        console.print(f"They differ in {', '.join(differ) or 'nothing'}.", markup=False)
     console.print(f"{len(runs)} runs: {shlex.join(command)}", markup=False)
     if options.open:
         try:
@@ -113,6 +116,24 @@ def arrange(runs: dict[str, Path], out: Path) -> None:
             link.symlink_to(os.path.relpath((path / "tensorboard").resolve(), link.parent.resolve()))
     except OSError as error:
         raise LabError(f"--out {out}: {error.strerror}") from error
+
+
+def tabulate(runs: Iterable[Path], out: Path) -> list[str]:
+    """Give HPARAMS its columns: the options in which the runs differ, whose names are returned, and the metrics of
+    validation."""
+    from omegaconf import OmegaConf
+
+    from .studies.records import read_history
+    from .telemetry.layout import flat, write_columns
+
+    options, metrics = [], dict.fromkeys(("val/loss", "val/bits_per_byte"))
+    for run in runs:
+        content = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+        assert isinstance(content, dict)
+        options.append(flat(content))
+        for line in read_history(run / "metrics.jsonl"):
+            metrics |= dict.fromkeys(key for key in line if key.startswith("val/"))
+    return write_columns(out, options, list(metrics))
 
 
 def _is_study(folder: Path) -> bool:

@@ -96,7 +96,7 @@ def _train(config: TrainConfig, folder: Any, callbacks: Sequence[Any]) -> dict[s
     from .run import environment
     from .strategies import whole_model
     from .telemetry import Recorder
-    from .telemetry.layout import write_hyperparameters
+    from .telemetry.layout import flat, write_hyperparameters
     from .telemetry.record import last_validation
 
     _quiet()
@@ -138,7 +138,7 @@ def _train(config: TrainConfig, folder: Any, callbacks: Sequence[Any]) -> dict[s
     logger = TensorBoardLogger(save_dir=str(folder.path), name="", version="tensorboard", default_hp_metric=False)
     trainer = make_trainer(config, folder, [recorder, guard, saver, Interrupt(saver), *callbacks], logger)
     if first:
-        write_hyperparameters(logger.experiment, _flat(OmegaConf.to_container(resolved)))
+        write_hyperparameters(logger.experiment, flat(OmegaConf.to_container(resolved)))
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(start.path) if start.path else None)
     except (Interrupted, SIGTERMException):  # Lightning's own, exit code 0, when the signal came before the first step
@@ -188,17 +188,6 @@ def _quiet() -> None:
         ".*is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested plain values as dotted names, as TensorBoard's HPARAMS view shows them."""
-    found: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return found
 
 
 def _introduce(config: Any, module: Any, facts: dict[str, Any], folder: Any) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SUFFIXES = {".py", ".cu", ".cuh", ".h", ".yaml"}
-APART = {"studies", "sweeps", "sweep.py", "report.py", "bench", "__pycache__"}  # what runs no step of a trial
+# what runs no step of a trial
+APART = {"studies", "sweeps", "sweep.py", "report.py", "compare.py", "bench", "__pycache__"}
 
 
 def fingerprint() -> str:

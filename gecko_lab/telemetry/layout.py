@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+from tensorboard.plugins.hparams import summary_v2 as columns  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-METRICS = ("val/loss", "val/bits_per_byte")
 Layout = dict[str, dict[str, list[Any]]]
 
 
@@ -43,10 +45,47 @@ def layout(probe_names: list[str]) -> Layout:
     return themes
 
 
+def flat(node: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested plain values as dotted names, as HPARAMS shows them."""
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return found
+
+
 def write_hyperparameters(writer: SummaryWriter, values: dict[str, Any]) -> None:
-    """The run's row in HPARAMS: its options, and METRICS as columns (which show the scalars of these names)."""
-    for summary in hparams(values, dict.fromkeys(METRICS, 0.0)):
+    """The run's row in HPARAMS: its options, flat. The columns are chosen where runs meet: ``write_columns``."""
+    _, *session = hparams(values, {})
+    for summary in session:
         writer._get_file_writer().add_summary(summary)
+
+
+def write_columns(folder: Path, runs: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[str]:
+    """Choose the columns of HPARAMS for all runs below ``folder``: the options that differ, and ``metrics``.
+
+    ``runs`` are the flat options of each. Without this, TensorBoard lists every option and every scalar. Returns the
+    names of the options that differ.
+    """
+    names = dict.fromkeys(name for run in runs for name in run)
+    values = {name: [run.get(name, "") for run in runs] for name in names}
+    differ = {name: column for name, column in values.items() if len({(type(v), v) for v in column}) > 1}
+    chosen = [columns.HParam(name, _domain(column)) for name, column in differ.items()]
+    with SummaryWriter(str(folder)) as writer:
+        summary = columns.hparams_config_pb(chosen, [columns.Metric(name) for name in metrics])
+        writer._get_file_writer().add_summary(summary)
+    return list(differ)
+
+
+def _domain(values: list[Any]) -> Any:
+    """What a filter in HPARAMS offers; None for values of several kinds."""
+    if all(isinstance(v, bool) for v in values) or all(isinstance(v, str) for v in values):
+        return columns.Discrete(sorted(set(values)))
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        return columns.RealInterval(float(min(values)), float(max(values)))
+    return None
 
 
 def write_restart(writer: SummaryWriter, step: int) -> None:

@@ -298,8 +298,6 @@ def test_tensorboard_reads_the_run(run: tuple[Path, list[dict[str, Any]]]) -> No
     def hparams(tag: str) -> HParamsPluginData:
         return HParamsPluginData.FromString(events.SummaryMetadata(tag).plugin_data.content)
 
-    columns = [info.name.tag for info in hparams("_hparams_/experiment").experiment.metric_infos]
-    assert columns == ["val/loss", "val/bits_per_byte"]
     options = hparams("_hparams_/session_start_info").session_start_info.hparams
     assert options["model.dim"].number_value == 32
     assert options["model.attention.name"].string_value == "sliding_chunk"

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from made_up import ablation, search
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
 from gecko_lab import compare
@@ -24,7 +26,15 @@ def seen(folder: Path) -> dict[str, float]:
     """What TensorBoard itself reads there."""
     multiplexer = EventMultiplexer().AddRunsFromDirectory(str(folder))
     multiplexer.Reload()
-    return {run: multiplexer.Scalars(run, "val/loss")[0].value for run in multiplexer.Runs()}
+    return {run: multiplexer.Scalars(run, "val/loss")[0].value for run in multiplexer.Runs() if run != "."}
+
+
+def columns_seen(folder: Path) -> tuple[list[str], list[str]]:
+    """Options and metrics that HPARAMS shows."""
+    events = EventAccumulator(str(folder)).Reload()
+    content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    experiment = HParamsPluginData.FromString(content).experiment
+    return [info.name for info in experiment.hparam_infos], [info.name.tag for info in experiment.metric_infos]
 
 
 def made(study: StudyRecord, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +76,23 @@ def test_runs_and_folders_of_runs(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert compare.main([str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "c" / "b"), "--out", str(out)]) == 0
     assert seen(out) == {"a/one": 1.0, "a/two": 2.0, "b": 3.0, "b_2": 4.0}
+
+
+def test_hparams_shows_the_options_that_differ_and_what_validation_measures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i, name in enumerate(("a", "b")):
+        make_run(tmp_path / name, 1.0)
+        memory = "{name: adaptive_working, lag: 2}" if i else "{name: none}"
+        text = f"seed: {i}\nmodel: {{dim: 64, memory: {memory}}}\noptim: {{lr: {1 + i}e-3, fused: true}}\n"
+        (tmp_path / name / "config.yaml").write_text(text)
+        lines = '{"step": 1, "train/loss": 2.0}\n{"step": 1, "val/loss": 2.0, "val/accuracy": 0.5}\n'
+        (tmp_path / name / "metrics.jsonl").write_text(lines)
+    compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")])
+    options, metrics = columns_seen(tmp_path / "out")
+    assert options == ["seed", "model.memory.name", "optim.lr", "model.memory.lag"]
+    assert metrics == ["val/loss", "val/bits_per_byte", "val/accuracy"]
+    assert "They differ in seed, model.memory.name, optim.lr, model.memory.lag." in capsys.readouterr().out
 
 
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
