@@ -23,7 +23,7 @@ command.
 
 A study becomes NN_ARM/seed_SS, the baseline first; the trials of a search become RANK_trial_NNN. Runs that are still
 going stay live.
-In TensorBoard HPARAMS has the options that differ beside the metrics, CUSTOM SCALARS a page of charts for each theme."""
+In TensorBoard HPARAMS has the options that differ beside the metrics, CUSTOM SCALARS a page of charts a theme."""
 
 
 def parser() -> argparse.ArgumentParser:
