@@ -129,7 +129,6 @@ def tabulate(runs: Iterable[Path], out: Path) -> list[str]:
     options, metrics = [], dict.fromkeys(("val/loss", "val/bits_per_byte"))
     for run in runs:
         content = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
-        assert isinstance(content, dict)
         options.append(flat(content))
         for line in read_history(run / "metrics.jsonl"):
             metrics |= dict.fromkeys(key for key in line if key.startswith("val/"))

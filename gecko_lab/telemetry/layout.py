@@ -45,7 +45,7 @@ def layout(probe_names: list[str]) -> Layout:
     return themes
 
 
-def flat(node: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     """Nested plain values as dotted names, as HPARAMS shows them."""
     found: dict[str, Any] = {}
     for key, value in node.items():
