@@ -19,6 +19,7 @@ from torch import Tensor
 from . import checkpoint as checkpoints
 from .config import TrainConfig, TrainerConfig
 from .data.config import DataConfig
+from .data.synthetic import TASKS, SyntheticConfig
 from .data.tokenizers import Tokenizer
 from .data.tokenizers import load_tokenizer as tokenizer_named
 from .errors import ConfigError, LabError, RunError
@@ -62,6 +63,11 @@ class Artifact:
             from .data.store import open_store
 
             return open_store(data.parts()[0][0]).tokenizer()
+        if isinstance(data, SyntheticConfig):
+            raise RunError(
+                f"{self.file}: was trained on data={data.name}, whose tokens are numbers and no text: "
+                f"python -m gecko_lab.evaluate {self.run or self.file} task=recall"
+            )
         return tokenizer_named(data.tokenizer)
 
     @property
@@ -189,7 +195,7 @@ def _from_checkpoint(file: Path, run: Path | None = None) -> Artifact:
     weights = {k.removeprefix("model."): v for k, v in found["state_dict"].items() if k.startswith("model.")}
     weights = {k.replace("._orig_mod", ""): v for k, v in weights.items()}
     config = model_config(found["gecko_lab"].get("model"), file)
-    data = found.get("LabData") or {}
+    data = found.get("LabData") or found.get("SyntheticData") or {}
     return Artifact(
         kind="checkpoint",
         file=file,
@@ -218,7 +224,7 @@ def read_training(run: Path) -> tuple[TrainConfig | None, list[str]]:
     if not isinstance(values, dict) or not {"data", "trainer"} <= values.keys():
         return None, [f"{file}: says nothing about data and trainer"]
     try:
-        data, trainer = DataConfig(**values["data"]), TrainerConfig(**values["trainer"])
+        data, trainer = TASKS.get(values["data"].get("name"), DataConfig)(**values["data"]), TrainerConfig(**values["trainer"])
         data.check()
     except (TypeError, ValueError) as error:
         raise RunError(f"{file}: cannot be read by this version of gecko_lab: {error}") from None

@@ -22,6 +22,7 @@ from . import config as schema
 from .components import KINDS
 from .components.registry import nearest
 from .config import TrainConfig
+from .data.synthetic import TASKS
 from .errors import ConfigError
 from .model import LanguageModel
 
@@ -29,13 +30,15 @@ CONFIG_MODULE = "gecko_lab.conf"
 
 
 def options(group: str) -> list[str]:
-    """Names that ``group=NAME`` accepts: the YAML files of conf/GROUP, and the registry's components."""
+    """Names that ``group=NAME`` accepts: the YAML files of conf/GROUP, the registry's components, synthetic tasks."""
     folder = resources.files(CONFIG_MODULE).joinpath(*group.split("/"))
     files = [f.name for f in folder.iterdir()] if folder.is_dir() else []
     names = [name.removesuffix(".yaml") for name in files if name.endswith(".yaml")]
     kind = group.removeprefix("model/")
     if group != kind and kind in KINDS:
         names += KINDS[kind].names()
+    if group == "data":
+        names += TASKS
     return sorted(set(names))
 
 
@@ -103,6 +106,7 @@ def _explain(overrides: list[str], error: Exception) -> str:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except (HydraException, OmegaConfBaseException) as bad:
         return f"cannot read the overrides {' '.join(overrides)}: {bad}"
+    chosen_groups = [text for text, override in zip(overrides, parsed) if override.key_or_group in groups()]
     for override in parsed:
         key, value = override.key_or_group, override.value()
         if key in groups():
@@ -112,7 +116,7 @@ def _explain(overrides: list[str], error: Exception) -> str:
                     return f"unknown {key.removeprefix('model/')} {name!r}. {nearest(name, options(key))}"
             if key in ("ablation", "experiment") and not override.is_add():
                 return f"write +{key}={value} (with a plus): none is chosen by default"
-        elif (message := _unknown_field(key)) is not None and not override.is_add():
+        elif (message := _unknown_field(key, chosen_groups)) is not None and not override.is_add():
             return message
     cause = error.__cause__ or error
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -121,11 +125,11 @@ def _explain(overrides: list[str], error: Exception) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
-def _unknown_field(key: str) -> str | None:
-    """A message when the dotted key names nothing in the default configuration (or its first unknown part)."""
+def _unknown_field(key: str, chosen: list[str]) -> str | None:
+    """A message when the dotted key names nothing in the configuration of the chosen groups (its first unknown part)."""
     if key.startswith("hydra"):
         return None
-    node: Any = hydra_compose("train", [])
+    node: Any = hydra_compose("train", chosen)
     path: list[str] = []
     for part in key.replace("/", ".").split("."):
         if not isinstance(node, DictConfig) or part not in node:

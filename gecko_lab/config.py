@@ -14,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 from .components import KINDS
 from .components.registry import option
 from .data.config import DataConfig
+from .data.synthetic import TASKS
 from .model import ModelConfig
 
 
@@ -95,6 +96,9 @@ def register() -> None:
     store.store(name="schema", node=TrainConfig)
     store.store(group="model", name="schema", node=ModelConfig)
     store.store(group="data", name="schema", node=DataConfig)
+    for name, task in TASKS.items():  # a task's vocabulary is the model's, unless the model's is given
+        node = {"data": task, "model": {"vocab_size": "${data.vocab_size}"}}
+        store.store(group="data", name=name, node=node, package="_global_")
     for kind, registry in KINDS.items():
         for name in registry:
             store.store(group=f"model/{kind}", name=name, node=registry[name].Config)

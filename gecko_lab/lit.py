@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from .components import state as states
 from .config import OptimConfig, TrainConfig, TrainerConfig
 from .errors import RunError
+from .loss import losses_and_hits, mean_loss, token_losses
 from .metrics import LanguageMetrics
 from .model import LanguageModel, ModelConfig, ModelState
 from .optim import make_optimizer
@@ -28,7 +29,8 @@ Batch = dict[str, Any]
 
 
 class LitLanguageModel(L.LightningModule):
-    """Trains a LanguageModel on batches {tokens (B, L), targets (B, L), bytes}.
+    """Trains a LanguageModel on batches {tokens (B, L), targets (B, L), bytes}, of a task also scored (B, L) bool:
+    the positions that must answer.
 
     With ``stream`` the model's state is carried from batch to batch, detached: truncated back-propagation through
     time. Checkpoints hold plain values only, so that they load without executing anything.
@@ -70,28 +72,33 @@ class LitLanguageModel(L.LightningModule):
     def configure_optimizers(self) -> Any:
         return make_optimizer(self.model, self.optim, self.training_config.max_steps)
 
-    def losses(self, batch: Batch, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
-        """Nats of every target (B, L), and the state after the batch."""
+    def losses(
+        self, batch: Batch, state: ModelState | None = None, measure: Callable[..., Tensor] = token_losses
+    ) -> tuple[Tensor, ModelState]:
+        """Nats (or another measure) of every target (B, L), and the state after the batch."""
         options = self.training_config
         return row_losses(
             self.model, batch["tokens"], batch["targets"], state, self.bos_id,
-            piece_len=options.piece_len, loss_chunk=options.loss_chunk,
+            piece_len=options.piece_len, loss_chunk=options.loss_chunk, scored=batch.get("scored"), measure=measure,
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses, state = self.losses(batch, self.state if self.stream else None)
         if self.stream:
             self.state = states.detach(state)
-        loss = losses.mean()
+        loss = mean_loss(losses, batch.get("scored"))
         self.last_loss = loss.detach()
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Nats of every target (B, L), for whoever records more than their mean."""
-        losses, _ = self.losses(batch)
+        if "scored" in batch:
+            losses, hits = self.losses(batch, measure=losses_and_hits)[0].unbind(-1)
+        else:
+            losses, hits = self.losses(batch)[0], None
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # no backward pass follows that would do it
-        self.val_metrics.update(losses, batch["bytes"])
+        self.val_metrics.update(losses, batch["bytes"], batch.get("scored"), hits)
         return losses
 
     def on_validation_epoch_end(self) -> None:

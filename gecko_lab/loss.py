@@ -47,12 +47,20 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def token_losses(features: Tensor, weight: Tensor, targets: Tensor, chunk: int = 4096) -> Tensor:
+def token_losses(
+    features: Tensor, weight: Tensor, targets: Tensor, chunk: int = 4096, scored: Tensor | None = None
+) -> Tensor:
     """Cross entropy of each token in nats: features (B, L, D), weight (V, D), targets (B, L) -> (B, L) float32.
 
-    ``chunk`` positions have their logits in memory at once; 0 means all of them.
+    ``chunk`` positions have their logits in memory at once; 0 means all of them. Where ``scored`` (B, L) bool is false
+    no logits are made and the loss is 0.
     """
     batch, length, dim = features.shape
+    if scored is not None:
+        index = scored.flatten().nonzero().squeeze(1)
+        kept = features.reshape(-1, dim).index_select(0, index)[None]
+        losses = token_losses(kept, weight, targets.flatten()[index][None], chunk)[0]
+        return losses.new_zeros(batch * length).index_copy(0, index, losses).view(batch, length)
     device = features.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # the meta device has no autocast
         features = features.to(torch.get_autocast_dtype(device))
@@ -63,3 +71,21 @@ def token_losses(features: Tensor, weight: Tensor, targets: Tensor, chunk: int =
     else:
         losses = _LinearCrossEntropy.apply(flat, weight, goal, chunk)
     return losses.view(batch, length)
+
+
+def losses_and_hits(
+    features: Tensor, weight: Tensor, targets: Tensor, chunk: int = 4096, scored: Tensor | None = None
+) -> Tensor:
+    """(B, L, 2): the losses of ``token_losses``, and 1 where the likeliest token is the target, else 0."""
+    losses = token_losses(features, weight, targets, chunk, scored)
+    hits = torch.zeros_like(losses).flatten()
+    index = torch.arange(len(hits), device=hits.device) if scored is None else scored.flatten().nonzero().squeeze(1)
+    flat, goal = features.reshape(-1, features.shape[-1]), targets.flatten()
+    for part in index.split(chunk or max(1, len(index))):
+        hits[part] = ((flat[part] @ weight.to(flat.dtype).T).argmax(-1) == goal[part]).to(hits.dtype)
+    return torch.stack([losses, hits.view_as(losses)], -1)
+
+
+def mean_loss(losses: Tensor, scored: Tensor | None = None) -> Tensor:
+    """Mean over the targets (B, L), or over those that are scored."""
+    return losses.mean() if scored is None else losses.sum() / scored.sum()

@@ -6,6 +6,8 @@ activations of one piece, and of the others only the states between them. Losses
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -23,25 +25,29 @@ def row_losses(
     *,
     piece_len: int = 0,
     loss_chunk: int = 4096,
+    scored: Tensor | None = None,
+    measure: Callable[..., Tensor] = token_losses,
 ) -> tuple[Tensor, ModelState]:
     """Nats of every target (B, L) float32 and the state after the row; tokens, targets (B, L) int64.
 
-    ``piece_len`` tokens are in memory at once, 0: all L; ``loss_chunk`` positions have their logits at once.
+    ``piece_len`` tokens are in memory at once, 0: all L; ``loss_chunk`` positions have their logits at once. With
+    ``scored`` (B, L) bool only these targets count. ``measure`` may take another measure of a target than its nats.
     """
 
-    def piece(x: Tensor, y: Tensor, before: ModelState | None) -> tuple[Tensor, ModelState]:
+    def piece(x: Tensor, y: Tensor, s: Tensor | None, before: ModelState | None) -> tuple[Tensor, ModelState]:
         features, after = model.features(x, before, bos_id)
-        return token_losses(features, model.head.weight, y, loss_chunk), after
+        return measure(features, model.head.weight, y, loss_chunk, s), after
 
     length = tokens.shape[1]
     if piece_len == 0 or piece_len >= length:
-        return piece(tokens, targets, state)
+        return piece(tokens, targets, scored, state)
     losses = []
-    for x, y in zip(tokens.split(piece_len, 1), targets.split(piece_len, 1)):
+    for start in range(0, length, piece_len):
+        x, y, s = (None if t is None else t[:, start : start + piece_len] for t in (tokens, targets, scored))
         if torch.is_grad_enabled():
-            part, state = checkpoint(piece, x, y, state, use_reentrant=False)
+            part, state = checkpoint(piece, x, y, s, state, use_reentrant=False)
         else:
-            part, state = piece(x, y, state)
+            part, state = piece(x, y, s, state)  # type: ignore[arg-type]
         losses.append(part)
     assert state is not None
     return torch.cat(losses, 1), state

@@ -22,6 +22,7 @@ from .components import state as states
 from .errors import RunError
 from .kernels import backend
 from .lit import model_from_checkpoint
+from .loss import mean_loss
 from .model import LanguageModel
 from .pieces import row_losses
 
@@ -69,13 +70,14 @@ def replay(path: Path, device: str = "auto") -> Report:
     _set_rng(dump["gecko_lab"]["rng"], place)
     bf16 = torch.autocast(place, torch.bfloat16) if facts["precision"].startswith("bf16") else contextlib.nullcontext()
     for batch in facts["batches"]:
+        scored = batch["scored"].to(place) if "scored" in batch else None
         with bf16:
             losses, after = row_losses(
                 model, batch["tokens"].to(place), batch["targets"].to(place), state, facts["bos_id"],
-                piece_len=facts["piece_len"], loss_chunk=facts["loss_chunk"],
+                piece_len=facts["piece_len"], loss_chunk=facts["loss_chunk"], scored=scored,
             )
         state = states.detach(after) if facts["stream"] else None
-        loss = losses.mean()
+        loss = mean_loss(losses, scored)
         report.losses.append(float(loss.detach()))
         (loss / len(facts["batches"])).backward()
     report.norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf))

@@ -89,7 +89,7 @@ def _train(config: TrainConfig, folder: Any, callbacks: Sequence[Any]) -> dict[s
     from . import checkpoint as checkpoints
     from . import resume
     from .callbacks import Interrupt, Interrupted, Saver
-    from .data.module import LabData
+    from .data.module import lab_data
     from .kernels import backend
     from .lit import LitLanguageModel
     from .nonfinite import NonFiniteGuard
@@ -109,15 +109,16 @@ def _train(config: TrainConfig, folder: Any, callbacks: Sequence[Any]) -> dict[s
     L.seed_everything(config.seed, workers=True, verbose=False)
 
     batches = config.trainer.max_steps * config.trainer.accumulate
-    data = LabData(config.data, config.seed, config.trainer.batch_size, total_batches=batches)
+    data = lab_data(config.data, config.seed, config.trainer.batch_size, total_batches=batches)
     data.setup()
-    if data.tokenizer.vocab_size > config.model.vocab_size:
+    facts = data.describe()
+    if data.vocab_size > config.model.vocab_size:
         raise RunError(
-            f"model.vocab_size={config.model.vocab_size}: the tokenizer {data.tokenizer.name} has "
-            f"{data.tokenizer.vocab_size} tokens; set model.vocab_size={data.tokenizer.vocab_size} or more"
+            f"model.vocab_size={config.model.vocab_size}: the tokenizer {facts['tokenizer']} has "
+            f"{data.vocab_size} tokens; set model.vocab_size={data.vocab_size} or more"
         )
-    module = LitLanguageModel(config, bos_id=data.tokenizer.bos_id, stream=config.data.mode == "stream")
-    facts = {"parameters": module.model.num_parameters(), **data.describe()}
+    module = LitLanguageModel(config, bos_id=data.bos_id, stream=config.data.mode == "stream")
+    facts = {"parameters": module.model.num_parameters(), **facts}
     start = resume.find(config.resume, folder.checkpoints, config.model)
     resolved = OmegaConf.structured(config)
     if first:
@@ -198,13 +199,19 @@ def _introduce(config: Any, module: Any, facts: dict[str, Any], folder: Any) -> 
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"model     {model.family}: {facts['parameters']:,} parameters, {model.num_layers} layers of {parts}")
     console.print(f"data      {data_line(facts)}")
-    baseline = facts["val_unigram_bits_per_byte"]
-    console.print(f"baseline  {baseline:.3f} bits per byte: the unigram entropy of the validation text")
+    if (baseline := facts.get("val_unigram_bits_per_byte")) is not None:
+        console.print(f"baseline  {baseline:.3f} bits per byte: the unigram entropy of the validation text")
     console.print(f"run       {folder.path}")
 
 
 def data_line(facts: dict[str, Any]) -> str:
     """One line on what is read."""
+    if "answers" in facts:
+        examples = f"{facts['train_examples']:,} examples again and again" if facts["train_examples"] else "new examples"
+        return (
+            f"{facts['data']}: {examples}, {facts['answers']} answers each, {facts['vocab_size']:,} tokens "
+            f"(fingerprint {facts['fingerprint'][:12]})"
+        )
     return (
         f"{facts['data']}: {facts['train_documents']:,} documents, {facts['train_bytes'] / 1e6:.1f} MB to train on, "
         f"{facts['val_documents']:,} documents, {facts['val_bytes'] / 1e6:.2f} MB to validate "
@@ -220,7 +227,8 @@ def _conclude(config: Any, model: Any, data: Any, results: dict[str, float], fol
     from .run import write_atomic
 
     console = Console(soft_wrap=True)
-    if config.log.sample_tokens:
+    facts = data.describe()
+    if config.log.sample_tokens and "answers" not in facts:
         tokenizer = data.tokenizer
         prompt = [tokenizer.bos_id, *tokenizer.encode(config.log.sample_prompt).tolist()]
         device = model.embed.weight.device
@@ -237,7 +245,19 @@ def _conclude(config: Any, model: Any, data: Any, results: dict[str, float], fol
         write_atomic(folder.path / "sample.txt", text)
         logger.experiment.add_text("sample", f"```\n{text}\n```", config.trainer.max_steps)
         console.print(Rule("a sample"), text, Rule(), markup=False, highlight=False)
-    baseline = data.describe()["val_unigram_bits_per_byte"]
+    if "answers" in facts:
+        console.print(
+            f"validation: {results['val/accuracy']:.2%} of the answers right, {results['val/exact']:.2%} of the rows "
+            f"(loss {results['val/loss']:.3f} nats an answer)",
+            highlight=False,
+        )
+    else:
+        _conclude_text(console, facts["val_unigram_bits_per_byte"], results)
+    console.print(f"run folder: {folder.path}", highlight=False)
+    console.print(f"curves:     tensorboard --logdir {folder.path.parent}", highlight=False)
+
+
+def _conclude_text(console: Any, baseline: float, results: dict[str, float]) -> None:
     ours = results["val/bits_per_byte"]
     console.print(
         f"validation: {ours:.3f} bits per byte "
@@ -245,8 +265,6 @@ def _conclude(config: Any, model: Any, data: Any, results: dict[str, float], fol
         f"{abs(1 - ours / baseline):.0%} {'below' if ours < baseline else 'above'} the unigram model's {baseline:.3f}",
         highlight=False,
     )
-    console.print(f"run folder: {folder.path}", highlight=False)
-    console.print(f"curves:     tensorboard --logdir {folder.path.parent}", highlight=False)
 
 
 def main() -> int:

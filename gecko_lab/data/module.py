@@ -49,6 +49,16 @@ class LabData(lightning.LightningDataModule):
         self.val_source: TokenSource
         self.skipped = 0
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model must know."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins a document; None: each row is one."""
+        return self.tokenizer.bos_id
+
     def setup(self, stage: str | None = None) -> None:
         if self.sources:
             return
@@ -166,3 +176,12 @@ class LabData(lightning.LightningDataModule):
         trainer = self.trainer
         rank = self._rank if self._rank is not None else (trainer.global_rank if trainer else 0)
         return rank, self._world_size if self._world_size is not None else (trainer.world_size if trainer else 1)
+
+
+def lab_data(config: DataConfig, seed: int, batch_size: int, total_batches: int | None = None) -> LabData:
+    """The data module of a configuration: text, or the examples of a synthetic task."""
+    from .synthetic import SyntheticConfig
+    from .synthetic.module import SyntheticData
+
+    kind = SyntheticData if isinstance(config, SyntheticConfig) else LabData
+    return kind(config, seed, batch_size, total_batches)

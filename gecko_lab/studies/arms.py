@@ -45,6 +45,7 @@ def measure(sweep: Sweep, name: str, changes: list[str]) -> Arm:
 def built(changes: list[str]) -> tuple[TrainConfig, LanguageModel]:
     """A checked configuration and its model without memory."""
     config = build.build_config(*changes)
+    config.data.check()
     with torch.device("meta"):
         return config, LanguageModel(config.model)
 

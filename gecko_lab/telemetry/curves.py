@@ -38,12 +38,13 @@ class PositionLoss(Metric):
         for name in ("nats", "tokens"):
             self.add_state(name, torch.zeros(BINS, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, losses: Tensor, tokens: Tensor, bos_id: int | None) -> None:
-        """losses (B, L) nats of the targets that follow tokens (B, L); without BOS a row is one document."""
+    def update(self, losses: Tensor, tokens: Tensor, bos_id: int | None, scored: Tensor | None = None) -> None:
+        """losses (B, L) nats of the targets that follow tokens (B, L); without BOS a row is one document. With
+        scored (B, L) bool only these targets count."""
         bos = torch.zeros_like(tokens, dtype=torch.bool) if bos_id is None else tokens == bos_id
         bins, nats = bin_of(Documents.from_bos(bos).positions), losses.detach().double()
         for i in range((tokens.shape[1] - 1).bit_length() + 1):  # sums, as index_add_ varies from run to run on a GPU
-            inside = bins == i
+            inside = bins == i if scored is None else (bins == i) & scored
             self.nats[i] += (nats * inside).sum()
             self.tokens[i] += inside.sum()
 

@@ -24,6 +24,7 @@ def layout(probe_names: list[str]) -> Layout:
         "loss": {
             "loss": chart("train/loss", "val/loss"),
             "bits per byte": chart("train/bits_per_byte", "val/bits_per_byte"),
+            "accuracy": chart("val/accuracy", "val/exact"),
             "loss by position in the document": chart("val_position/.*"),
         },
         "optimisation": {

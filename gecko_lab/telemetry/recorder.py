@@ -91,7 +91,7 @@ class Recorder(L.Callback):
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self.curve.update(outputs, batch["tokens"], pl_module.bos_id)
+        self.curve.update(outputs, batch["tokens"], pl_module.bos_id, batch.get("scored"))
         if self.fixed is None:
             self.fixed = batch["tokens"]
 
@@ -125,7 +125,6 @@ class Recorder(L.Callback):
         flops = speed * self._training_flops(pl_module.model, length)
         values = {
             "train/loss": nats / tokens,
-            "train/bits_per_byte": nats / math.log(2) / max(1.0, size),
             "train/learning_rate": float(trainer.optimizers[0].param_groups[0]["lr"]),
             "speed/tokens_per_second": speed,
             "speed/flops_per_second": flops,
@@ -133,6 +132,8 @@ class Recorder(L.Callback):
             "memory/peak_gib": peak_memory(pl_module.device) / 2**30,
             **self._progress(),
         }
+        if size:
+            values["train/bits_per_byte"] = nats / math.log(2) / size
         if pl_module.gradient_norm is not None:
             values["train/gradient_norm"] = float(pl_module.gradient_norm)
         self._write(trainer, values)
