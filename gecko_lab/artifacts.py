@@ -19,7 +19,7 @@ from torch import Tensor
 from . import checkpoint as checkpoints
 from .config import TrainConfig, TrainerConfig
 from .data.config import DataConfig
-from .data.synthetic import TASKS, SyntheticConfig
+from .data.synthetic import TASKS, SyntheticConfig, TaskTokenizer
 from .data.tokenizers import Tokenizer
 from .data.tokenizers import load_tokenizer as tokenizer_named
 from .errors import ConfigError, LabError, RunError
@@ -64,10 +64,7 @@ class Artifact:
 
             return open_store(data.parts()[0][0]).tokenizer()
         if isinstance(data, SyntheticConfig):
-            raise RunError(
-                f"{self.file}: was trained on data={data.name}, whose tokens are numbers and no text: "
-                f"python -m gecko_lab.evaluate {self.run or self.file} task=recall"
-            )
+            return TaskTokenizer(data)
         return tokenizer_named(data.tokenizer)
 
     @property

@@ -23,6 +23,7 @@ from .data.config import DataConfig
 from .data.errors import DataError
 from .data.module import LabData
 from .data.rows import PackedRows, TokenStream
+from .data.synthetic import SyntheticConfig
 from .data.source import TokenSource, join
 from .data.store import MANIFEST, open_store
 from .data.tokenizers import Tokenizer
@@ -178,6 +179,8 @@ def find_text(artifact: Artifact, data: str | None, split: str | None, tokenizer
                 "folder of text, or a token store"
             )
         config = artifact.training.data if data is None and artifact.training else DataConfig(tokenizer=tokenizer.name)
+        if isinstance(config, SyntheticConfig):
+            raise LabError(f"{artifact.file}: was trained on data={config.name}, which is no text; add task=recall")
         name = "stdlib" if config.name == "stdlib" else str(config.path or config.mixture)
         lab = LabData(replace(config, seq_len=1), seed=0, batch_size=1)  # short rows: how they are cut comes later
         try:

@@ -4,7 +4,7 @@ from .induction import InductionConfig
 from .listops import ListopsConfig
 from .mqar import MqarConfig
 from .selective_copy import SelectiveCopyConfig
-from .task import Examples, SyntheticConfig
+from .task import Examples, SyntheticConfig, TaskTokenizer
 
 TASKS: dict[str, type[SyntheticConfig]] = {
     "mqar": MqarConfig,
@@ -13,4 +13,4 @@ TASKS: dict[str, type[SyntheticConfig]] = {
     "listops": ListopsConfig,
 }
 
-__all__ = ["TASKS", "Examples", "SyntheticConfig"]
+__all__ = ["TASKS", "Examples", "SyntheticConfig", "TaskTokenizer"]

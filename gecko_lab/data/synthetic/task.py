@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from gecko_lab.components.registry import option
 
 from ..config import DataConfig
 from ..errors import DataError
+from ..tokenizers import Tokenizer
 
 BLANK = 0  # the token that says nothing, in every task but ListOps
 TRAIN, ORDER, FIXED, VAL = range(4)  # one family of random streams for each use: validation examples are none of the
@@ -109,3 +110,18 @@ def weighted_places(rng: np.random.Generator, count: int, take: int, weights: np
     """
     score = np.log(weights) + rng.gumbel(size=(count, len(weights)))
     return rng.permuted(np.argpartition(-score, take - 1, axis=1)[:, :take], axis=1)
+
+
+class TaskTokenizer(Tokenizer):
+    """Stands where a text's tokenizer would: there is no text, and no token begins a document."""
+
+    def __init__(self, config: SyntheticConfig) -> None:
+        self.name, self.vocab_size, self.bos_id = f"of data={config.name}", config.vocab_size, -1
+        self.fingerprint = config.fingerprint
+        self.byte_lengths = np.zeros(config.vocab_size, dtype=np.int64)
+
+    def _encode(self, text: bytes) -> np.ndarray:
+        raise DataError(f"the tokens {self.name} are numbers and no text; python -m gecko_lab.evaluate RUN task=recall")
+
+    def decode(self, ids: Any) -> str:
+        return " ".join(str(int(i)) for i in ids)
