@@ -221,7 +221,8 @@ def read_training(run: Path) -> tuple[TrainConfig | None, list[str]]:
     if not isinstance(values, dict) or not {"data", "trainer"} <= values.keys():
         return None, [f"{file}: says nothing about data and trainer"]
     try:
-        data, trainer = TASKS.get(values["data"].get("name"), DataConfig)(**values["data"]), TrainerConfig(**values["trainer"])
+        kind = TASKS.get(values["data"].get("name"), DataConfig)
+        data, trainer = kind(**values["data"]), TrainerConfig(**values["trainer"])
         data.check()
     except (TypeError, ValueError) as error:
         raise RunError(f"{file}: cannot be read by this version of gecko_lab: {error}") from None

@@ -126,7 +126,7 @@ def _explain(overrides: list[str], error: Exception) -> str:
 
 
 def _unknown_field(key: str, chosen: list[str]) -> str | None:
-    """A message when the dotted key names nothing in the configuration of the chosen groups (its first unknown part)."""
+    """A message about its first unknown part when the dotted key names nothing in the configuration so chosen."""
     if key.startswith("hydra"):
         return None
     node: Any = hydra_compose("train", chosen)

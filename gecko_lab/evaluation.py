@@ -23,9 +23,9 @@ from .data.config import DataConfig
 from .data.errors import DataError
 from .data.module import LabData
 from .data.rows import PackedRows, TokenStream
-from .data.synthetic import SyntheticConfig
 from .data.source import TokenSource, join
 from .data.store import MANIFEST, open_store
+from .data.synthetic import SyntheticConfig
 from .data.tokenizers import Tokenizer
 from .errors import LabError
 from .kernels import backend

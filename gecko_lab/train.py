@@ -207,7 +207,8 @@ def _introduce(config: Any, module: Any, facts: dict[str, Any], folder: Any) -> 
 def data_line(facts: dict[str, Any]) -> str:
     """One line on what is read."""
     if "answers" in facts:
-        examples = f"{facts['train_examples']:,} examples again and again" if facts["train_examples"] else "new examples"
+        count = facts["train_examples"]
+        examples = f"{count:,} examples again and again" if count else "new examples"
         return (
             f"{facts['data']}: {examples}, {facts['answers']} answers each, {facts['vocab_size']:,} tokens "
             f"(fingerprint {facts['fingerprint'][:12]})"

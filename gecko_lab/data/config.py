@@ -14,7 +14,9 @@ from .errors import DataError
 class DataConfig:
     """Where text comes from and how it becomes batches. ``path``, ``val_path`` take one name or a list of names."""
 
-    name: str = option("stdlib", "stdlib (this Python's own library), text (files, folders, globs), store (prepared); or a task")
+    name: str = option(
+        "stdlib", "stdlib (this Python's own library), text (files, folders, globs), store (prepared), or a task's name"
+    )
     path: Any = option(
         None, "file, folder or glob (text), or the folder of a token store (store); a list mixes several"
     )

@@ -56,9 +56,9 @@ class SyntheticConfig(DataConfig):
         plain = DataConfig(name=self.name)
         for field in ("path", "weights", "mixture", "val_path", "val_fraction", "text_field", "tokenizer", "truncate"):
             if getattr(self, field) != getattr(plain, field):
-                raise DataError(f"data.{field}={getattr(self, field)!r} with data={self.name}: is for text; this is made")
+                raise DataError(f"data.{field}={getattr(self, field)!r} with data={self.name}: is for text")
         if self.mode != "pack":
-            raise DataError(f"data.mode={self.mode} with data={self.name}: every row is an example of its own; use pack")
+            raise DataError(f"data.mode={self.mode} with data={self.name}: every row is an example; use pack")
         for field, lowest in (("seq_len", 1), ("val_batches", 1), ("workers", 0), ("examples", 0)):
             if getattr(self, field) < lowest:
                 raise DataError(f"data.{field}={getattr(self, field)}: must be at least {lowest} with data={self.name}")
