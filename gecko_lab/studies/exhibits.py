@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from . import figures
+from . import figures, recall
 from .analysis import AXES, Analysis, ArmResult
 from .curves import curves
 from .records import TrialRecord
@@ -153,7 +153,7 @@ def _reason(t: TrialRecord) -> str:
 
 def figure_set(analysis: Analysis) -> list[Figure]:
     """The figures that the study's data allow, in reading order."""
-    found = [_forest(analysis), *_curves(analysis)]
+    found = [_recall(analysis), _forest(analysis), *_curves(analysis)]
     if analysis.importances:
         note = "PED-ANOVA: how much a parameter separates the better trials from all, as shares of 1."
         found.append(
@@ -162,6 +162,12 @@ def figure_set(analysis: Analysis) -> list[Figure]:
     if analysis.baseline is None:
         found += _slices(analysis)
     return [f for f in found if f is not None]
+
+
+def _recall(analysis: Analysis) -> Figure | None:
+    if not recall.applies(analysis):
+        return None
+    return Figure("state", "Accuracy against the size of the state", *recall.figure(analysis))
 
 
 def _forest(analysis: Analysis) -> Figure | None:
