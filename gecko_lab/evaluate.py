@@ -170,7 +170,8 @@ def _task(options: argparse.Namespace) -> int:
 
 
 def _print_task(task: Task, results: dict[str, Any], files: list[Path]) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True, width=max(console.width, 120))  # a table is not for folding
     model, facts = results["model"], {}
     if model is not None:
         step = "" if model["step"] is None else f", step {model['step']:,}"
@@ -184,7 +185,7 @@ def _print_task(task: Task, results: dict[str, Any], files: list[Path]) -> None:
         table = Table(title=escape(sheet.title), title_justify="left", box=None, pad_edge=False)
         for column in sheet.columns:
             words = any(isinstance(row.get(column.key), str) for row in sheet.rows)
-            table.add_column(escape(column.title), justify="left" if words else "right")
+            table.add_column(escape(column.title), no_wrap=True, justify="left" if words else "right")
         for row in sheet.rows:
             table.add_row(*(escape(column.show(row)) for column in sheet.columns))
         console.print("")

@@ -170,24 +170,25 @@ def prepared(
     return model, where, precision
 
 
-def find_text(artifact: Artifact, data: str | None, split: str | None, tokenizer: Tokenizer) -> Text:
-    """The documents that ``--data`` and ``--split`` name."""
+def find_text(artifact: Artifact | None, data: str | None, split: str | None, tokenizer: Tokenizer) -> Text:
+    """The documents that ``data`` and ``split`` name (as options, or as fields of a task); None: the run's own."""
     if data is None or data == "stdlib":
-        if data is None and artifact.training is None:
+        training = None if artifact is None else artifact.training
+        if data is None and training is None:
             raise LabError(
-                f"{artifact.file}: nothing beside it says where its data lie; give --data stdlib, a file or "
-                "folder of text, or a token store"
+                f"{artifact.file if artifact else 'this model'}: nothing beside it says where its data lie; give "
+                "--data (data= of a task): stdlib, a file or folder of text, or a token store"
             )
-        config = artifact.training.data if data is None and artifact.training else DataConfig(tokenizer=tokenizer.name)
+        config = training.data if data is None and training else DataConfig(tokenizer=tokenizer.name)
         if isinstance(config, SyntheticConfig):
-            raise LabError(f"{artifact.file}: was trained on data={config.name}, which is no text; add task=recall")
+            raise LabError(f"data={config.name}: the run was trained on it, which is no text; add task=recall")
         name = "stdlib" if config.name == "stdlib" else str(config.path or config.mixture)
         lab = LabData(replace(config, seq_len=1), seed=0, batch_size=1)  # short rows: how they are cut comes later
         try:
             lab.setup()
         except DataError as error:
             hint = (
-                "" if data else "; a relative path counts from the folder in which the run was started, or give --data"
+                "" if data else "; a relative path counts from the folder of the run's start; or give --data, data="
             )
             raise DataError(f"{error}{hint}") from None
         chosen = split or "val"
@@ -197,7 +198,7 @@ def find_text(artifact: Artifact, data: str | None, split: str | None, tokenizer
         store = open_store(data)
         if store.tokenizer_fingerprint != tokenizer.fingerprint:
             raise DataError(
-                f"--data {data}: prepared with the tokenizer {store.manifest['tokenizer']['name']}, the "
+                f"{data}: prepared with the tokenizer {store.manifest['tokenizer']['name']}, the "
                 f"model was trained with {tokenizer.name}"
             )
         parted = store.split()
@@ -209,7 +210,7 @@ def find_text(artifact: Artifact, data: str | None, split: str | None, tokenizer
         whole = parted.train
     source = {"train": parted.train, "val": parted.val, "all": whole}[chosen]
     if source is None or not source.documents:
-        raise DataError(f"--data {data} --split {chosen}: there are no documents in this part; try --split all")
+        raise DataError(f"{data}, split {chosen}: there are no documents in this part; try split all")
     return Text(source, data, chosen)
 
 
