@@ -181,7 +181,7 @@ def find_text(artifact: Artifact | None, data: str | None, split: str | None, to
             )
         config = training.data if data is None and training else DataConfig(tokenizer=tokenizer.name)
         if isinstance(config, SyntheticConfig):
-            raise LabError(f"data={config.name}: the run was trained on it, which is no text; add task=recall")
+            raise LabError(f"this run was trained on data={config.name}, which is no text; add task=recall")
         name = "stdlib" if config.name == "stdlib" else str(config.path or config.mixture)
         lab = LabData(replace(config, seq_len=1), seed=0, batch_size=1)  # short rows: how they are cut comes later
         try:
