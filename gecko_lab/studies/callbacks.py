@@ -20,17 +20,26 @@ class Pruned(Exception):
 
 
 class Reporter(L.Callback):
-    """Reports the metric by global step at every validation; ends the run when told, or after ``seconds``."""
+    """Reports the metric by global step at every validation; ends the run when told, or after ``seconds`` in all."""
 
     def __init__(self, metric: str, ask: Callable[[int, float], bool], seconds: float) -> None:
         self.metric, self.ask, self.seconds = metric, ask, seconds
-        self.began = 0.0
+        self.began, self.before = 0.0, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self._spent()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before = state_dict["seconds"]
+
+    def _spent(self) -> float:
+        return self.before + time.perf_counter() - self.began
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.began = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if time.perf_counter() - self.began > self.seconds:
+        if self._spent() > self.seconds:
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:

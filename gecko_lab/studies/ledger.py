@@ -48,7 +48,7 @@ class Claim:
     number: int
     arm: str
     seed: int
-    run: str  # name of the run's folder
+    run: str  # name of the run's folder; that of an attempt that was killed or stopped, which is then continued
     overrides: list[str]
     beats: int = 0
     beaten: float = 0.0
@@ -88,7 +88,7 @@ class Ledger:
 
         Trials are numbered as they are stored: whoever sees one sees those that came before it.
         """
-        counted = {t.number for row in plan.attempts(trials).values() for t in row}
+        earlier = {t.number: row[:i] for row in plan.attempts(trials).values() for i, t in enumerate(row)}
         for trial in trials:
             if trial.state != TrialState.WAITING:
                 continue
@@ -97,16 +97,16 @@ class Ledger:
                     continue
             except UpdateFinishedTrialError:
                 continue
-            if trial.number in counted:
+            if trial.number in earlier:
                 try:
-                    return self._begin(trial)
+                    return self._begin(trial, earlier[trial.number])
                 except UpdateFinishedTrialError:
                     continue  # taken for dead meanwhile
             self.storage.set_trial_user_attr(trial._trial_id, "duplicate", True)
             self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         return None
 
-    def _begin(self, trial: FrozenTrial) -> Claim:
+    def _begin(self, trial: FrozenTrial, earlier: list[FrozenTrial]) -> Claim:
         facts, key = trial.user_attrs, trial._trial_id
         view = self._view(facts["arm"], trial.number)
         if self.sweep.kind == "search":
@@ -116,7 +116,10 @@ class Ledger:
             params = facts["params"]
         changes = [*self.sweep.base, *self.arms[facts["arm"]], *space.overrides(params), f"seed={facts['seed']}"]
         label = f"{facts['arm']}-seed{facts['seed']}" if facts["stage"] == "main" else f"tune-{facts['arm']}"
-        run = f"{label}-{trial.number:04d}"
+        run = facts.get("continues") or f"{label}-{trial.number:04d}"
+        if facts.get("continues"):  # what the interrupted attempt reported holds for this one
+            for step, value in earlier[-1].intermediate_values.items():
+                self.storage.set_trial_intermediate_value(key, step, value)
         self.storage.set_trial_user_attr(key, "began", {"worker": here(), "overrides": changes, "run": run})
         return Claim(key, trial.number, facts["arm"], facts["seed"], run, changes, beaten=time.monotonic())
 

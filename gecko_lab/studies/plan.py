@@ -104,9 +104,11 @@ def fill(
         if row and not again(row) and not (failed and row[-1].state == TrialState.FAIL):
             continue
         fixed, added = row[-1].params if row else {}, True
+        begun = row[-1].user_attrs.get("began") if row and why_again(row[-1]) else None
         study.enqueue_trial(
             {**slot.fixed, **fixed},
             user_attrs={
+                "continues": begun and begun["run"],
                 "slot": slot.key,
                 "generation": len(row),
                 "arm": slot.arm,

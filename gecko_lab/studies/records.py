@@ -42,7 +42,7 @@ class TrialRecord:
 
     ``stage`` is "tune" for the trials that chose an arm's learning rate, else "main". ``error`` says why a trial
     failed; ``retried`` that it was killed or stopped, so that another does its work again (a killed one: once).
-    ``history`` are the lines of metrics.jsonl.
+    ``history`` are the lines of metrics.jsonl; empty for an attempt that another continued in the same folder.
     """
 
     number: int
@@ -103,7 +103,12 @@ def load_study(where: str | Path | BaseStorage, name: str | None = None) -> Stud
     if not isinstance(where, BaseStorage) and Path(where).suffix == ".log":
         folder = Path(where).parent
     arms = [Arm(**arm) for arm in facts["arms"]]
-    trials = [t for t in study.get_trials(deepcopy=False) if not t.user_attrs.get("duplicate")]
+    found = [t for t in study.get_trials(deepcopy=False) if not t.user_attrs.get("duplicate")]
+    trials = [_record(trial, {arm.name: arm for arm in arms}, folder) for trial in found]
+    last = {t.run_dir: t.number for t in trials}
+    for t in trials:
+        if t.number != last[t.run_dir]:
+            t.history = []  # it is the history of the attempt that continued this one
     return StudyRecord(
         name=name,
         kind=facts["kind"],
@@ -111,7 +116,7 @@ def load_study(where: str | Path | BaseStorage, name: str | None = None) -> Stud
         metric=facts["metric"],
         direction=facts["direction"],
         arms=arms,
-        trials=[_record(trial, {arm.name: arm for arm in arms}, folder) for trial in trials],
+        trials=trials,
         folder=folder,
         commit=facts["commit"],
         sweep=facts["sweep"],

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import IO, Any
 
 Ask = Callable[[int, float], bool]  # (step, metric) -> whether to prune
+LEAVES = 120.0  # seconds in which a worker notices that its trial was taken away
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -67,6 +68,7 @@ def run(assignment: dict[str, Any], ask: Ask) -> dict[str, Any]:
         config, model = arms.built(assignment["overrides"])
         config.trainer.max_steps = arms.steps(assignment["budget"], config, model)
         facts["parameters"] = model.num_parameters()
+        config.resume = _resume(assignment["run_dir"])
         reporter = Reporter(assignment["metric"], ask, assignment["budget"].get("seconds", math.inf))
         facts["metrics"] = train.train(config, assignment["run_dir"], callbacks=[reporter])
         facts["value"] = measured(facts["metrics"], assignment["metric"])
@@ -85,6 +87,25 @@ def run(assignment: dict[str, Any], ask: Ask) -> dict[str, Any]:
         line = (str(error).splitlines() or [""])[0]
         memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in line.lower() for w in MEMORY_WORDS)
         return facts | {"state": "failed", "error": f"{'out of memory' if memory else type(error).__name__}: {line}"}
+
+
+def _resume(run_dir: str) -> str | None:
+    """auto where an attempt began that was killed or stopped, once that process is gone: it may have been taken for
+    dead and not know yet."""
+    from ..errors import RunError
+    from ..run import RunFolder
+
+    folder, until = RunFolder(run_dir), time.monotonic() + LEAVES
+    while folder.began():
+        try:
+            folder.claim()
+            folder.release()
+            return "auto"
+        except RunError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(1.0)
+    return None
 
 
 def main() -> int:

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from gecko_lab import sweep as command
-from gecko_lab.studies.callbacks import Pruned
+from gecko_lab.errors import RunError
+from gecko_lab.run import RunFolder
+from gecko_lab.studies import trial
+from gecko_lab.studies.callbacks import Pruned, Reporter
 from gecko_lab.studies.ledger import Claim
 from gecko_lab.studies.records import load_study
 from gecko_lab.studies.trial import run
@@ -46,14 +49,14 @@ def test_a_study_of_two_trials_of_three_steps(text: Path, tmp_path: Path, monkey
     assert command.run(["two.yaml", "variant=cpu", "workers=2", "name=two"]) == 0
     record = load_study(tmp_path / "studies" / "two")
     assert [(t.state, t.arm, t.seed) for t in record.trials] == [("complete", "baseline", 0), ("complete", "no_awm", 0)]
-    for trial in record.trials:
-        assert trial.value is not None
-        assert 1 < trial.value < 20
-        assert trial.value == trial.metrics["val/bits_per_byte"]
-        assert trial.parameters == next(arm.parameters for arm in record.arms if arm.name == trial.arm)
-        assert [line["step"] for line in trial.history if "train/loss" in line] == [1, 2, 3]
-        assert list(trial.intermediate) == [1, 2]
-        assert (trial.run_dir / "config.yaml").exists()
+    for t in record.trials:
+        assert t.value is not None
+        assert 1 < t.value < 20
+        assert t.value == t.metrics["val/bits_per_byte"]
+        assert t.parameters == next(arm.parameters for arm in record.arms if arm.name == t.arm)
+        assert [line["step"] for line in t.history if "train/loss" in line] == [1, 2, 3]
+        assert list(t.intermediate) == [1, 2]
+        assert (t.run_dir / "config.yaml").exists()
     assert command.run(["two.yaml", "variant=cpu", "name=two"]) == 0
     assert len(load_study(tmp_path / "studies" / "two").trials) == 2
 
@@ -149,6 +152,45 @@ def test_pruned_nan_and_mistakes_are_told_apart(text: Path, tmp_path: Path) -> N
     assert unmeasured["state"] == "failed"
     assert "val/accuracy: is not measured" in unmeasured["error"]
     assert "val/loss" in unmeasured["error"]
+
+
+def test_a_stopped_trial_goes_on_from_its_checkpoint(text: Path, tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    def stopping(step: int, value: float) -> bool:
+        steps.append(step)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    whole = run(assignment(text, tmp_path / "whole"), lambda *a: False)
+    assert run(assignment(text, tmp_path / "cut"), stopping)["state"] == "stopped"
+    done = run(assignment(text, tmp_path / "cut"), stopping)
+    assert done["state"] == "complete"
+    assert steps[0] == 1
+    assert len(steps) == len(set(steps))  # no step twice, though 2 had already been validated
+    assert done["metrics"] == whole["metrics"]
+
+
+def test_the_seconds_of_an_interrupted_run_count(text: Path) -> None:
+    first, second = Reporter("val/loss", lambda *a: False, 9.0), Reporter("val/loss", lambda *a: False, 9.0)
+    first.began = time.perf_counter() - 5.0
+    second.load_state_dict(first.state_dict())
+    second.began = time.perf_counter() - 1.0
+    assert second.state_dict()["seconds"] == pytest.approx(6.0, abs=0.5)
+
+
+def test_a_run_that_is_still_going_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker was taken for dead, and learns it at its next beat."""
+    assert trial._resume(str(tmp_path / "run")) is None
+    holder = RunFolder(tmp_path / "run")
+    holder.claim()
+    monkeypatch.setattr(trial, "LEAVES", 0.0)
+    with pytest.raises(RunError, match="another process"):
+        trial._resume(str(tmp_path / "run"))
+    monkeypatch.setattr(trial, "LEAVES", 30.0)
+    threading.Timer(0.3, holder.release).start()
+    assert trial._resume(str(tmp_path / "run")) == "auto"
 
 
 def test_a_budget_of_seconds_ends_the_run(text: Path, tmp_path: Path) -> None:

@@ -216,6 +216,41 @@ def test_a_killed_trial_is_done_again_once_then_failed(tmp_path: Path) -> None:
     assert [t.state for t in load_study(tmp_path).trials] == ["complete", "failed", "failed", "complete"]
 
 
+def test_the_next_attempt_continues_the_run_of_one_that_was_killed(tmp_path: Path) -> None:
+    sweep = Sweep("ablation", arms={"baseline": []}, seeds=[0])
+    begin(str(tmp_path), sweep, tmp_path)
+    runs: list[str] = []
+
+    def run(claim: Claim, report: Callable, *rest: object) -> Outcome:
+        runs.append(claim.run)
+        (tmp_path / "runs" / claim.run).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs" / claim.run / "metrics.jsonl").write_text('{"step": 2}\n')
+        report(len(runs), 3.0 - len(runs))
+        return Outcome("complete", 1.0) if len(runs) == 2 else Outcome("lost", error="killed by signal 9")
+
+    work(ledger(str(tmp_path), sweep), run, threading.Event(), poll=0.01)
+    assert runs == ["baseline-seed0-0000"] * 2
+    first, second = load_study(tmp_path).trials
+    assert (first.state, first.intermediate, first.history) == ("failed", {1: 2.0}, [])
+    assert (second.state, second.intermediate, second.history) == ("complete", {1: 2.0, 2: 1.0}, [{"step": 2}])
+
+
+def test_a_trial_that_failed_for_good_is_done_again_from_the_start(tmp_path: Path) -> None:
+    sweep = Sweep("ablation", arms={"baseline": []}, seeds=[0])
+    begin(str(tmp_path), sweep, tmp_path)
+    runs: list[str] = []
+
+    def run(claim: Claim, *rest: object) -> Outcome:
+        runs.append(claim.run)
+        return Outcome("failed", error="NaN") if len(runs) == 1 else Outcome("complete", 1.0)
+
+    work(ledger(str(tmp_path), sweep), run, threading.Event())
+    again = ledger(str(tmp_path), sweep)
+    again.fill(again.trials(), failed=True)
+    work(again, run, threading.Event())
+    assert runs == ["baseline-seed0-0000", "baseline-seed0-0001"]
+
+
 def test_a_stopped_trial_waits_again(tmp_path: Path) -> None:
     sweep = Sweep("ablation", arms={"baseline": []}, seeds=[0, 1])
     begin(str(tmp_path), sweep, tmp_path)
