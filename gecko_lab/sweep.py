@@ -205,11 +205,14 @@ def _work(ledgers: list[Any], folder: Path, devices: list[str]) -> bool:
 def _conclude(record: Any, folder: Path, stopped: bool) -> int:
     from rich.console import Console
 
+    from .studies.records import steps_spent
     from .studies.table import STYLES, best_line
 
     console = Console(soft_wrap=True, highlight=False)
     counts = {state: sum(t.state == state for t in record.trials) for state in STYLES}
-    console.print("trials    " + ", ".join(f"{n} {state}" for state, n in counts.items() if n))
+    spent = steps_spent(record)
+    saved = "" if spent is None else f"; {spent:.0%} of the steps that all to the end would take"
+    console.print("trials    " + ", ".join(f"{n} {state}" for state, n in counts.items() if n) + saved)
     if line := best_line(record):
         console.print(line, markup=False)
     console.print(f"runs      {folder / 'runs'}")

@@ -14,7 +14,7 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
 from ..errors import LabError
 from . import statistics
-from .records import StudyRecord, TrialRecord
+from .records import StudyRecord, TrialRecord, steps_spent
 from .repeat import recorded
 from .svg import number
 
@@ -147,8 +147,10 @@ def _best_settings(record: StudyRecord, arms: list[ArmResult], counts: dict[str,
         arm = f"{t.arm}: " if len(arms) > 1 else ""
         said.append(f"{arm}{number(t.value or 0.0, 4)} at {settings or 'the base setting'} (trial {t.number})")
     pruned = f" and {counts['pruned']} pruned ones" if counts.get("pruned") else ""
+    spent = steps_spent(record)
+    saved = "" if spent is None else f" Pruning spent {spent:.0%} of the steps that all to the end would take."
     each = " of each arm" if len(arms) > 1 else ""
-    return f"The best {record.metric}{each}, of {counts['complete']} complete trials{pruned}: {'; '.join(said)}."
+    return f"The best {record.metric}{each}, of {counts['complete']} complete trials{pruned}: {'; '.join(said)}.{saved}"
 
 
 def _ablation(complete: list[TrialRecord], baseline: str | None, shared: dict[str, Any]) -> Analysis:

@@ -12,7 +12,7 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -210,7 +210,12 @@ def make_sampler(sweep: Sweep, number: int) -> BaseSampler:
 def make_pruner(sweep: Sweep) -> BasePruner:
     """Optuna's, with the options that stand beside the name."""
     options = {k: v for k, v in sweep.pruner.items() if k != "name"}
-    kinds: dict[str, type[BasePruner]] = {"none": NopPruner, "median": MedianPruner, "hyperband": HyperbandPruner}
+    kinds: dict[str, type[BasePruner]] = {
+        "none": NopPruner,
+        "median": MedianPruner,
+        "halving": SuccessiveHalvingPruner,
+        "hyperband": HyperbandPruner,
+    }
     try:
         return kinds[sweep.pruner["name"]](**options)
     except (TypeError, ValueError) as error:

@@ -81,6 +81,15 @@ class StudyRecord:
     study: optuna.Study | None = None  # for Optuna's importances and plots
 
 
+def steps_spent(record: StudyRecord) -> float | None:
+    """Steps of the complete and pruned trials, as a share of what all to the end would be; None: nothing was pruned."""
+    complete = [t.history[-1]["step"] for t in record.trials if t.state == "complete" and t.history]
+    pruned = [max(t.intermediate) for t in record.trials if t.state == "pruned" and t.intermediate]
+    if not complete or not pruned:
+        return None
+    return (sum(complete) + sum(pruned)) / (max(complete) * (len(complete) + len(pruned)))
+
+
 def load_study(where: str | Path | BaseStorage, name: str | None = None) -> StudyRecord:
     """The study in a folder (``studies/NAME``), a journal file or a database; ``name`` where there are several.
 

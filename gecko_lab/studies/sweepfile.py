@@ -29,7 +29,7 @@ CHOICES = {
     "direction": ("minimize", "maximize"),
     "match": ("none", "parameters", "flops"),
 }
-SAMPLERS, PRUNERS = ("tpe", "random", "grid"), ("none", "median", "hyperband")
+SAMPLERS, PRUNERS = ("tpe", "random", "grid"), ("none", "median", "halving", "hyperband")
 VARIANTS = ("cpu", "gpu")
 
 
@@ -169,7 +169,7 @@ def _check_search(sweep: Sweep) -> None:
     if sweep.tune:
         raise LabError("tune: is for ablation studies; a search tunes what stands in space")
     if sweep.arms and sweep.pruner["name"] == "hyperband":
-        raise LabError("pruner=hyperband: compares trials of all arms with one another; with arms use median")
+        raise LabError("pruner=hyperband: compares trials of all arms with one another; with arms use median or halving")
 
 
 def _check_ablation(sweep: Sweep) -> None:

@@ -139,6 +139,7 @@ def test_a_search_names_its_best_and_what_mattered(tmp_path: Path) -> None:
     best = min((t for t in study.trials if t.state == "complete"), key=lambda t: t.value or 0)
     assert f"trial {best.number}" in result.answer
     assert "16 complete trials and 4 pruned ones" in result.answer
+    assert "Pruning spent 82% of the steps" in result.answer  # 16 of 200 steps, 4 of 20
     assert max(result.importances, key=lambda k: result.importances[k]) == "optim.lr"
     assert {f.slug for f in exhibits.figure_set(result)} >= {"importance", "slice_optim_lr", "slice_model_norm"}
     assert len(drawings(page(result))) == 5
