@@ -169,7 +169,7 @@ def _check_search(sweep: Sweep) -> None:
     if sweep.tune:
         raise LabError("tune: is for ablation studies; a search tunes what stands in space")
     if sweep.arms and sweep.pruner["name"] == "hyperband":
-        raise LabError("pruner=hyperband: compares trials of all arms with one another; with arms use median or halving")
+        raise LabError("pruner=hyperband: compares trials of all arms; with arms use median or halving")
 
 
 def _check_ablation(sweep: Sweep) -> None:
