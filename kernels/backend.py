@@ -70,7 +70,7 @@ def _load(op: str) -> ModuleType | str:
 
 
 @torch._dynamo.assume_constant_result
-def _note(op: str, reason: str) -> None:
+def note(op: str, reason: str) -> None:
     """Say once that the reference serves a call on a GPU; under strict raise RuntimeError."""
     if _mode == "strict":
         raise RuntimeError(f"{op} has no CUDA kernel for this call: {reason} (kernels=strict)")
@@ -95,7 +95,7 @@ def dispatch(op: str, reference: Callable[..., T], x: Tensor, *args: object, **k
             reason = asks(x, *args, **kwargs)
             if reason is None:
                 return getattr(module, name)(x, *args, **kwargs)
-        _note(name, reason or "")
+        note(name, reason or "")
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # the meta device has no autocast
         with torch.autocast(x.device.type, enabled=False):
             return reference(x, *args, **kwargs)

@@ -66,6 +66,37 @@ class Kernel:
             with host.select(device_index):
                 self._enqueue(loaded, device_index, _three(grid), self.smem if smem is None else smem, pointers)
 
+    def launch_early(
+        self, device_index: int, grid: int | tuple[int, ...], *values: Any, smem: int | None = None
+    ) -> None:
+        """As ``launch``, but the kernel may begin before the one enqueued before it has ended.
+
+        It then has to wait itself (PTX griddepcontrol.wait) before it reads what that one writes, and writes what
+        that one reads. Before compute capability 9.0 the same as ``launch``.
+        """
+        loaded = self._loaded.get(device_index) or self.load(device_index)
+        if device.attribute(device_index, "COMPUTE_CAPABILITY_MAJOR") < 9:
+            self.launch(device_index, grid, *values, smem=smem)
+            return
+        driver = loaded.host.driver
+        buffer, pointers = self._new_arguments()  # a launch of this kind is recorded once: no need to be quick
+        self._struct.pack_into(buffer, 0, *values)
+        config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+        config.gridDimX, config.gridDimY, config.gridDimZ = _three(grid)
+        config.blockDimX, config.blockDimY, config.blockDimZ = self.block
+        config.sharedMemBytes = self.smem if smem is None else smem
+        config.hStream = loaded.host.raw_stream(device_index)
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
+        with loaded.host.select(device_index):
+            (code,) = driver.cuLaunchKernelEx(config, loaded.function, pointers, 0)
+        if int(code):
+            raise LaunchError(
+                f"{self.module.label}: kernel {self.name} on device {device_index} ({loaded.arch}), grid {grid}, "
+                f"block {self.block}, early: {device.describe(code)}"
+            )
+
     def load(self, device_index: int) -> Loaded:
         """Compile and load for a device now, so that the first launch does neither."""
         with self._lock:
