@@ -24,6 +24,7 @@ from .sizes import SIZES
 
 EPILOG = f"""operations, blocks and models: {", ".join(CASES)}.
 shapes: {", ".join(SIZES)}.
+decode: a step of one token a row after a stream of the shape's length; prefill: reading it, the last logits only.
 backends: reference (plain PyTorch; eager for the Llama peer), compiled (torch.compile of it), cuda (our kernels).
 A kernel is timed only after it agrees with the reference on a short input. A row that fails has an error, not a time.
 floor: the larger of bytes over the copy rate and matrix operations over the matmul rate, both measured first.
@@ -101,6 +102,14 @@ def table(rows: list[Row], measured: Ceilings) -> Table:
     return made
 
 
+def _found(row: Row) -> str:
+    """The time, and the tokens a second of a case that makes or reads them."""
+    assert row.ms is not None
+    made = CASES[row.name].made
+    rate = "" if made is None else f", {1e3 * made(SIZES[row.shape]) / row.ms:,.0f} tokens/s"
+    return f"{row.ms:.3f} ms{rate}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 unless the command line is wrong."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -115,11 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, rows = shlex.join(["python", "-m", "gecko_lab.bench", *given]), list[Row]()
     for name in options.ops:
         for shape in options.shapes:
-            for mode in options.mode:
+            for mode in (m for m in options.mode if m in CASES[name].modes):
                 for backend in (b for b in options.backends if b in CASES[name].backends):
                     row = bench.row(CASES[name], SIZES[shape], mode, backend)
                     rows.append(row)
-                    console.print(f"{name} {shape} {mode} {backend}: {row.error or f'{row.ms:.3f} ms'}", markup=False)
+                    console.print(f"{name} {shape} {mode} {backend}: {row.error or _found(row)}", markup=False)
                     if options.out:
                         options.out.parent.mkdir(parents=True, exist_ok=True)
                         text = json.dumps(document(device, dtype, command, measured, rows), indent=1)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..components import state as states
 from . import cost
 from .llama import LlamaBlock, LlamaModel, rotary
 from .sizes import Size
+
+if TYPE_CHECKING:
+    from ..model import LanguageModel
 
 Cost = Callable[[Size, int], cost.Pair]
 
@@ -28,7 +33,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Case:
-    """One name of the table. ``whole``: a block or a model, whose kernels may fall back where they must."""
+    """One name of the table. ``whole``: a block or a model, whose kernels may fall back where they must. ``made``: the
+    tokens that a call makes or reads, where a rate is what one asks for."""
 
     name: str
     make: Callable[[Size, torch.device, torch.dtype], Job]
@@ -36,6 +42,8 @@ class Case:
     flops: Cost
     whole: bool = False
     backends: tuple[str, ...] = ("reference", "compiled", "cuda")
+    modes: tuple[str, ...] = ("fwd", "fwd+bwd")
+    made: Callable[[Size], int] | None = None
 
 
 def _leaf(*shape: int, device: torch.device, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -221,7 +229,37 @@ def _llama_model(s: Size, device: torch.device, dtype: torch.dtype) -> Job:
     return _language_job(model, s, device)
 
 
+def _decode(s: Size, device: torch.device, dtype: torch.dtype) -> Job:
+    """One token for every row, after ``length`` tokens."""
+    from ..decoder import Decoder
+    from ..generation import read
+
+    model = _language_model(s, device, dtype)
+    _, state = read(model, torch.randint(s.vocab_size, (1, s.length), device=device))
+    rows = states.map_tensors(lambda t: t.expand(s.batch, *t.shape[1:]).contiguous(), state)
+    decoder, tokens = Decoder(model, rows, s.batch), torch.randint(s.vocab_size, (s.batch,), device=device)
+    return Job(lambda: (decoder.step(tokens),), ())
+
+
+def _prefill(s: Size, device: torch.device, dtype: torch.dtype) -> Job:
+    """All tokens in pieces, and the logits of the one after them."""
+    from ..generation import read
+
+    model = _language_model(s, device, dtype)
+    tokens = torch.randint(s.vocab_size, (s.batch, s.length), device=device)
+    return Job(lambda: (read(model, tokens)[0],), ())
+
+
+def _language_model(s: Size, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    from ..model import LanguageModel
+
+    model = _gecko(s, s.layers, device, dtype).eval()
+    assert isinstance(model, LanguageModel)
+    return model
+
+
 _PEER = ("reference", "compiled")
+_EAGER, _FORWARD = ("reference", "cuda"), ("fwd",)
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -239,5 +277,7 @@ CASES: dict[str, Case] = {
         Case("llama_block", _llama_block, cost.llama_block_bytes, cost.llama_block_flops, True, _PEER),
         Case("gecko_model", _gecko_model, cost.gecko_model_bytes, cost.gecko_model_flops, whole=True),
         Case("llama_model", _llama_model, cost.llama_model_bytes, cost.llama_model_flops, True, _PEER),
+        Case("decode", _decode, cost.decode_bytes, cost.decode_flops, True, _EAGER, _FORWARD, lambda s: s.batch),
+        Case("prefill", _prefill, cost.prefill_bytes, cost.prefill_flops, True, _EAGER, _FORWARD, lambda s: s.tokens),
     )
 }

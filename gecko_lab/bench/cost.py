@@ -114,6 +114,28 @@ def llama_model_bytes(s: Size, e: int) -> Pair:
     return with_head(s, llama_block_bytes(s, e), s.dim * s.vocab_size * e)
 
 
+def decode_bytes(s: Size, e: int) -> Pair:
+    """One token a row after ``length``: every weight once; a row's visible keys and values, its table and averages."""
+    visible = s.length - max(s.length // s.chunk - 1, 0) * s.chunk + 1
+    state = visible * (s.z_dim + s.value_dim) * e + s.z_dim * s.value_head_dim * 4 + 2 * s.dim * s.modes * 8
+    return s.layers * (gecko_weights(s) * e + s.batch * state) + s.dim * s.vocab_size * e, 0
+
+
+def decode_flops(s: Size, e: int) -> Pair:
+    """The products with the weights."""
+    return 2 * s.batch * (s.layers * gecko_weights(s) + s.dim * s.vocab_size), 0
+
+
+def prefill_bytes(s: Size, e: int) -> Pair:
+    """The blocks, and the head once."""
+    return s.layers * gecko_block_bytes(s, e)[0] + s.dim * s.vocab_size * e, 0
+
+
+def prefill_flops(s: Size, e: int) -> Pair:
+    """The blocks, and the head for the last token of each row."""
+    return s.layers * gecko_block_flops(s, e)[0] + 2 * s.batch * s.dim * s.vocab_size, 0
+
+
 def no_flops(s: Size, e: int) -> Pair:
     """No matrix products."""
     return 0, 0

@@ -59,6 +59,8 @@ SIZES: dict[str, Size] = {
     for size in (
         replace(_7B, name="7b-b1-l32768"),
         replace(_7B, name="7b-b8-l4096", batch=8, length=4096),
+        replace(_7B, name="7b-b1-l4096", length=4096),
+        replace(_7B, name="7b-b16-l4096", batch=16, length=4096),
         replace(_1B, name="1b-b1-l32768"),
         replace(_1B, name="1b-b8-l4096", batch=8, length=4096),
         _TINY,

@@ -52,9 +52,11 @@ def test_every_case_is_made_and_has_gradients(name: str) -> None:
     size = replace(TINY, batch=1, length=48, layers=1)
     job = CASES[name].make(size, CPU, torch.float32)
     out = job.call(*job.inputs)
+    assert min(CASES[name].bytes(size, 2)[: len(CASES[name].modes)]) > 0
+    if "fwd+bwd" not in CASES[name].modes:
+        return
     gradients = torch.autograd.grad(out, job.inputs + job.parameters, [torch.ones_like(y) for y in out])
     assert all(torch.isfinite(torch.view_as_real(g) if g.is_complex() else g).all() for g in gradients)
-    assert min(CASES[name].bytes(size, 2)) > 0
 
 
 def test_unknown_names_are_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +95,17 @@ def test_a_kernel_that_disagrees_is_not_timed(bench: Bench, monkeypatch: pytest.
     assert bench._compare(case, TINY) is None
 
 
+def test_a_stream_is_compared_from_its_start_and_has_a_rate(bench: Bench) -> None:
+    from gecko_lab.bench.__main__ import _found
+
+    case = CASES["decode"]
+    assert bench._compare(case, TINY) is None
+    row = bench.row(case, TINY, "fwd", "reference")
+    assert row.error is None
+    assert row.ms is not None
+    assert _found(row).endswith(f"{2e3 / row.ms:,.0f} tokens/s")
+
+
 def test_distance_sees_one_wrong_tensor_and_nan() -> None:
     a, b = torch.ones(4), torch.full((4,), 1e-3)
     assert distance([[a, b]], [[a, b]], together=False) == 0
@@ -111,6 +124,9 @@ def test_costs_are_those_of_the_designs() -> None:
     assert cost.gecko_weights(SEVEN) == 222_298_112
     assert cost.attention_flops(SEVEN, 2) == pytest.approx((1.86e12, 3.92e12), rel=0.05)
     assert cost.memory_flops(SEVEN, 2) == pytest.approx((0.31e12, 0.62e12), rel=0.02)
+    weights, state = 4 * 222_298_112 + 4096 * 32000, 2049 * 9216 * 2 + 1024 * 2048 * 4 + 2**20
+    for batch, name in ((1, "7b-b1-l4096"), (16, "7b-b16-l4096")):
+        assert cost.decode_bytes(SIZES[name], 2)[0] == 2 * weights + 4 * batch * state
     assert cost.norm_bytes(SEVEN, 2) == (2 * 268_435_456, 3 * 268_435_456)
     assert Ceilings(3.0, 732.0).floor_ms(3 * 10**9, 0) == pytest.approx(1.0)
     assert Ceilings(3.0, 732.0).floor_ms(0, 732 * 10**9) == pytest.approx(1.0)
