@@ -21,7 +21,7 @@ ELEMENTS = {torch.bfloat16: "bf16", torch.float32: "float"}
 LARGEST_HEAD = 4096
 _ARGUMENTS = {
     "begin": "PPPPPPPPPPPPPfiiqiii",
-    "mix": "PPPPPPPPPPPPPPPffddf",
+    "mix": "PPPPPPPPPPPPPPPffffddf",
     "project_in": "PPPPPPPPPPPPPPPPPPfiiiiii",
     "project_out": "PPPPPPiii",
     "widen<true>": "PPPPPPPPfiiii",
@@ -168,7 +168,7 @@ def mix(chain: Chain, clock: Clock, x: Tensor, a: Tensor, e: Tensor, squares: Te
     chain.add(
         module, "mix", (groups, batch),
         *(x, a, e, squares, norm.scale, norm.shift, norm.mean, norm.var, norm.count, clock.fresh, *parts),
-        *(beta1, beta2, math.log(beta1), math.log(beta2), norm.eps),
+        *(beta1, beta2, 1 - beta1, 1 - beta2, math.log(beta1), math.log(beta2), norm.eps),
     )
 
 

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 // One group of one row. Four lanes share a feature, each with every fourth of its modes. Grid (G, B).
-// scale is 1 + weight; squares (B, G) gets the sum of e^2 over the group.
+// rate is 1 - beta (which float32 would get wrong), log the logarithm of beta; scale is 1 + weight; squares (B, G) gets the sum of e^2 over the group.
 #if COMPLEX
 using Mode = float2;
 #else
@@ -44,7 +44,8 @@ using Mode = float;
 __global__ void __launch_bounds__(THREADS)
     mix(const T* x, T* a, T* e, float* squares, const float* scale, const float* shift, float* mean, float* var,
         const int64_t* count, const int* fresh, Mode* h, const float* p, const Mode* q, const Mode* gamma,
-        const float* skip, float beta1, float beta2, double log1, double log2, float eps) {
+        const float* skip, float beta1, float beta2, float rate1, float rate2,
+        double log1, double log2, float eps) {
     constexpr int EACH = (FEATURES + 63) / 64, OWN = (MODES + 3) / 4;
     __shared__ float scratch[WARPS];
     chain_next();
@@ -77,8 +78,8 @@ __global__ void __launch_bounds__(THREADS)
     float centre, width;
     const int64_t steps = count[row];
 #if DECAY
-    m = fmaf(beta1, m, (1.f - beta1) * mu);
-    v = fmaf(beta2, v, (1.f - beta2) * spread);
+    m = fmaf(beta1, m, rate1 * mu);
+    v = fmaf(beta2, v, rate2 * spread);
     centre = m / -expm1f(float(double(steps) * log1));
     width = v / -expm1f(float(double(steps) * log2));
 #else
