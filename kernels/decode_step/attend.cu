@@ -6,6 +6,7 @@ constexpr int KW = ALIGNED_KEYS ? 16 / sizeof(T) : 1;    // elements of an acces
 constexpr int VW = ALIGNED_VALUES ? 16 / sizeof(T) : 1;  // and to values
 constexpr int FW = ALIGNED_VALUES ? 4 : 1;               // and to rows of the table, float32
 constexpr int BANDS = 8, UNROLL = 8;
+constexpr int AHEAD = 16;  // keys that a block brings into L2 before it may begin; all blocks' must fit there
 
 // A view i of this head of z: normalised, scaled, shifted, turned where there are angles. zs: the head's S features.
 DEVICE float view(const float* zs, const float* scale, const float* shift, const float* cosine, const float* sine, int s,
@@ -37,6 +38,17 @@ DEVICE void weighted(const X* from, int64_t pitch, int slot, int slots, const fl
     }
 }
 
+// The keys of one split: `count` of them from position `begin` on.
+struct Part {
+    int64_t begin;
+    int count;
+    DEVICE Part(int64_t position, int64_t visible, int split, int splits) {
+        const int total = int(position + 1 - visible), each = (total + splits - 1) / splits;
+        begin = visible + int64_t(split) * each;
+        count = max(min(each, total - split * each), 0);
+    }
+};
+
 // Grid (splits x tiles + far tiles, H, B). Split i of the visible keys leaves its unnormalised sum in near (B, H, splits,
 // E) and (largest score, sum of exponentials) in shares (B, H, splits, 2). The far tiles read the table (B, H, S, E),
 // for rows whose document owns it, into far (B, H, E), and put the key of the memory into its ring (B, chunk, H, S).
@@ -56,6 +68,19 @@ __global__ void __launch_bounds__(THREADS)
     chain_next();
     const int64_t position = *clock;
     const int64_t line = int64_t(heads) * width, row = int64_t(heads) * columns;  // from a key, a value to the next
+    const int64_t oldest = position / chunk >= window ? (position / chunk - window + 1) * chunk : 0;
+    const bool reads_table = blockIdx.x >= splits * tiles;
+    const int split = blockIdx.x % splits, tile = blockIdx.x / splits;
+    if (!reads_table && tile == 0) {  // start[b] is of the step before: good enough to bring what is needed nearer
+        const Part part(position, start[b] > oldest ? start[b] : oldest, split, splits);
+        const int lines = (columns * int(sizeof(T)) + 127) / 128, key_lines = (width * int(sizeof(T)) + 127) / 128;
+        for (int i = threadIdx.x; i < min(part.count, AHEAD) * (lines + key_lines); i += THREADS) {
+            const int64_t slot = int64_t(b) * slots + (part.begin + i / (lines + key_lines)) % slots;
+            const int n = i % (lines + key_lines), piece = 128 / sizeof(T);
+            if (n < lines) fetch(values + slot * row + h * columns + n * piece);
+            else fetch(keys + slot * line + h * width + (n - lines) * piece);
+        }
+    }
     chain_wait();
     float square = 0.f;
     for (int s = threadIdx.x; s < width; s += THREADS) {
@@ -69,7 +94,7 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t all = heads * width;
     const float *const scales = scale + h * width, *const shifts = shift + h * width;
 
-    if (blockIdx.x >= splits * tiles) {
+    if (reads_table) {
         const int tile = blockIdx.x - splits * tiles;
         const bool live = owner[b] == segment[b];
         float top = -INFINITY;
@@ -103,12 +128,9 @@ __global__ void __launch_bounds__(THREADS)
         return;
     }
 
-    const int split = blockIdx.x % splits, tile = blockIdx.x / splits;
-    const int64_t oldest = position / chunk >= window ? (position / chunk - window + 1) * chunk : 0;
-    const int64_t visible = start[b] > oldest ? start[b] : oldest;
-    const int total = int(position + 1 - visible), each = (total + splits - 1) / splits;
-    const int count = max(min(each, total - split * each), 0);
-    const int64_t begin = visible + split * each;
+    const Part part(position, start[b] > oldest ? start[b] : oldest, split, splits);
+    const int count = part.count;
+    const int64_t begin = part.begin;
     const bool turned = h < turned_heads, holds_new = count > 0 && begin + count == position + 1;
     const int slot = int(begin % slots);
     for (int s = threadIdx.x; s < width; s += THREADS) {
@@ -183,33 +205,44 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// u = near silu(r) [+ far], near from its splits. Grid (E / (THREADS FW), H, B).
+// u = near silu(r) [+ far], near from its splits (at most 64). Four warps share the splits of 32 FW columns. Grid
+// (E / (32 FW), H, B).
 __global__ void __launch_bounds__(128)
     gate(const float* near, const float2* shares, const float* far, const T* r, T* u, int columns, int splits) {
+    __shared__ float weights[64], sums[4][32 * FW];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int64_t cell = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
     chain_next();
     chain_wait();
-    const int64_t cell = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
-    const int column = (blockIdx.x * 128 + threadIdx.x) * FW;
-    if (column >= columns) return;
-    const float2* const mine = shares + cell * splits;
-    float top = -INFINITY;
-    for (int i = 0; i < splits; ++i) top = fmaxf(top, mine[i].x);
-    float total = 0.f, sum[FW] = {};
+    if (warp == 0) {
+        float2 share[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            share[i] = lane + 32 * i < splits ? shares[cell * splits + lane + 32 * i] : make_float2(-INFINITY, 0.f);
+        const float top = warp_max(fmaxf(share[0].x, share[1].x));
+        const float one = __expf(share[0].x - top), two = __expf(share[1].x - top);
+        const float total = warp_sum(one * share[0].y + two * share[1].y);
+        weights[lane] = one / total, weights[lane + 32] = two / total;
+    }
+    __syncthreads();
+    const int column = (blockIdx.x * 32 + lane) * FW;
+    float sum[FW] = {};
+    if (column < columns) {
 #pragma unroll 8
-    for (int i = 0; i < splits; ++i) {
-        const float2 share = mine[i];
-        if (share.y == 0.f) continue;
-        const float weight = __expf(share.x - top);
-        float v[FW];
-        load(near + (cell * splits + i) * columns + column, v);
-        total = fmaf(weight, share.y, total);
+        for (int i = warp; i < splits; i += 4) {
+            float v[FW];
+            load(near + (cell * splits + i) * columns + column, v);
 #pragma unroll
-        for (int w = 0; w < FW; ++w) sum[w] = fmaf(weight, v[w], sum[w]);
+            for (int w = 0; w < FW; ++w) sum[w] = fmaf(weights[i], v[w], sum[w]);
+        }
     }
 #pragma unroll
-    for (int w = 0; w < FW; ++w) {
-        const int64_t at = cell * columns + column + w;
-        const float out = rounded(sum[w] / total) * silu(to_float(r[at])) + (far ? rounded(far[at]) : 0.f);
-        u[at] = from_float<T>(out);
-    }
+    for (int w = 0; w < FW; ++w) sums[warp][lane * FW + w] = sum[w];
+    __syncthreads();
+    const int mine = blockIdx.x * 32 * FW + threadIdx.x;
+    if (threadIdx.x >= 32 * FW || mine >= columns) return;
+    const int64_t at = cell * columns + mine;
+    const int i = threadIdx.x;
+    const float total = sums[0][i] + sums[1][i] + sums[2][i] + sums[3][i];
+    u[at] = from_float<T>(rounded(total) * silu(to_float(r[at])) + (far ? rounded(far[at]) : 0.f));
 }

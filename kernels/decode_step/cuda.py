@@ -16,13 +16,14 @@ from torch import Tensor
 from ..runtime import Kernel, Module
 from ..runtime.device import attribute
 
-THREADS, ROWS, GATE_THREADS, EMBEDDED = 256, 32, 128, 1024
+THREADS, ROWS, GATE_THREADS, EMBEDDED, STAGES = 256, 16, 128, 1024, 5
+MOST_STAGED = 128 * 2**10  # bytes of activations that a block keeps in shared memory
 ELEMENTS = {torch.bfloat16: "bf16", torch.float32: "float"}
 LARGEST_HEAD = 4096
 _ARGUMENTS = {
     "begin": "PPPPPPPPPPPPPfiiqiii",
     "mix": "PPPPPPPPPPPPPPPffffddf",
-    "project_in": "PPPPPPPPPPPPPPPPPPfiiiiii",
+    "project_in": "PPPPPPPPPPPPPPPPPPfiiiiiii",
     "project_out": "PPPPPPiii",
     "widen<true>": "PPPPPPPPfiiii",
     "widen<false>": "PPPPPPPPfiiii",
@@ -44,8 +45,8 @@ def _mix_module(features: int, modes: int, complex_: bool, decay: bool, dtype: t
     )
 
 
-def _project_module(tokens: int, aligned: bool, dtype: torch.dtype) -> Module:
-    return _PROJECT.specialise(ELEMENT=ELEMENTS[dtype], TOKENS=tokens, ALIGNED=int(aligned))
+def _project_module(tokens: int, aligned: bool, staged: bool, dtype: torch.dtype) -> Module:
+    return _PROJECT.specialise(ELEMENT=ELEMENTS[dtype], TOKENS=tokens, ALIGNED=int(aligned), STAGED=int(staged))
 
 
 def _attend_module(keys: bool, values: bool, dtype: torch.dtype) -> Module:
@@ -57,7 +58,8 @@ def modules() -> list[Module]:
     made = []
     for dtype in ELEMENTS:
         made += [_mix_module(64, 16, True, True, dtype), _mix_module(64, 0, False, True, dtype)]
-        made += [_project_module(tokens, True, dtype) for tokens in (8, 16, 32)]
+        made += [_project_module(8, True, True, dtype), _project_module(16, True, True, dtype)]
+        made += [_project_module(16, True, False, dtype), _project_module(32, True, False, dtype)]
         made.append(_attend_module(True, True, dtype))
     return made
 
@@ -190,35 +192,49 @@ class RowScale:
     centred: bool
 
 
-def _projection(x: Tensor, *matrices: Tensor) -> tuple[Module, int]:
-    """The module for products with x (B, .), and the groups of tokens."""
-    batch = x.shape[0]
-    tokens = next(size for size in (8, 16, 32) if batch <= size or size == 32)
-    aligned = all(m.shape[1] * m.element_size() % 16 == 0 for m in matrices)
-    return _project_module(tokens, aligned, x.dtype), -(-batch // tokens)
+class _Products:
+    """How products of x (B, columns) with matrices are run: the module, grid and shared memory."""
+
+    def __init__(self, chain: Chain, x: Tensor) -> None:
+        batch, columns = x.shape
+        tokens = next(size for size in (8, 16, 32) if batch <= size or size == 32)
+        aligned = columns * x.element_size() % 16 == 0
+        pipelined = aligned and x.dtype == torch.bfloat16
+        most = min(batch, tokens) * (columns + 32) * x.element_size()
+        staged = pipelined and most <= MOST_STAGED
+        self.module = _project_module(tokens, aligned, staged, x.dtype)
+        self.smem = pipelined * STAGES * 4 * THREADS * 16 + staged * most
+        self.groups = -(-batch // tokens)
+        self.blocks = attribute(chain.device_index, "MULTIPROCESSOR_COUNT") * (1 if pipelined else 4)
+
+    def grid(self, tiles: int) -> tuple[int, int]:
+        return min(tiles, self.blocks), self.groups
 
 
 def project_in(chain: Chain, clock: Clock, a: Tensor, e: Tensor, squares: Tensor, norm: RowScale, v: Affine, z: Affine,
                r: Affine, h: Affine, ring: Tensor, to_z: Tensor, to_r: Tensor, to_h: Tensor) -> None:
     """silu(v a) into this position's slot of ring (B, R, V); z m, r m, h m of m = rms(e), by squares (B, G) of it."""
     batch, dim = a.shape
-    module, groups = _projection(a, v.weight, z.weight, r.weight, h.weight)
+    run = _Products(chain, a)
     outs = [m.weight.shape[0] for m in (v, z, r, h)]
+    tiles = [-(-out // ROWS) for out in outs]
+    blocks = max(min(sum(tiles), run.blocks), 2)
+    of_v = min(max(round(blocks * tiles[0] / sum(tiles)), 1), blocks - 1)
     chain.add(
-        module, "project_in", (sum(-(-out // ROWS) for out in outs), groups),
+        run.module, "project_in", (blocks, run.groups),
         *(a, e, squares, norm.scale, norm.shift, v.weight, z.weight, r.weight, h.weight),
         *(v.bias, z.bias, r.bias, h.bias, ring, to_z, to_r, to_h, clock.now, norm.eps),
-        *(batch, dim, outs[0], outs[1], squares.shape[1], ring.shape[1]),
+        *(batch, dim, outs[0], outs[1], squares.shape[1], ring.shape[1], of_v), smem=run.smem,
     )
 
 
 def project_out(chain: Chain, u: Tensor, w: Affine, h: Tensor, x: Tensor, y: Tensor, moments: Tensor) -> None:
-    """y = x + h + w u (B, D), and the moments (B, D/32, 2) of y that ``widen`` needs."""
+    """y = x + h + w u (B, D), and the moments (B, D/ROWS, 2) of y that ``widen`` needs."""
     batch, values = u.shape
-    module, groups = _projection(u, w.weight)
-    dim = w.weight.shape[0]
+    run, dim = _Products(chain, u), w.weight.shape[0]
     chain.add(
-        module, "project_out", (-(-dim // ROWS), groups), u, w.weight, h, x, y, moments, batch, dim, values
+        run.module, "project_out", run.grid(-(-dim // ROWS)), u, w.weight, h, x, y, moments, batch, dim, values,
+        smem=run.smem,
     )
 
 
@@ -226,29 +242,32 @@ def widen(chain: Chain, y: Tensor, moments: Tensor, norm: RowScale, one: Affine,
           ) -> None:
     """f (B, F) = silu(one n) [* three n] of n = norm(y)."""
     batch, dim = y.shape
-    module, groups = _projection(y, one.weight)
+    run = _Products(chain, y)
     width, step = one.weight.shape[0], ROWS if three is None else ROWS // 2
     chain.add(
-        module, f"widen<{str(three is not None).lower()}>", (-(-width // step), groups),
+        run.module, f"widen<{str(three is not None).lower()}>", run.grid(-(-width // step)),
         *(y, moments, norm.scale, norm.shift, one.weight, three, one.bias, f, norm.eps, int(norm.centred)),
-        *(batch, dim, width),
+        *(batch, dim, width), smem=run.smem,
     )
 
 
 def narrow(chain: Chain, f: Tensor, w: Affine, alpha: Tensor | None, base: Tensor, x: Tensor) -> None:
     """x (B, D) = base + alpha (w f)."""
     batch, width = f.shape
-    module, groups = _projection(f, w.weight)
-    dim = w.weight.shape[0]
-    chain.add(module, "narrow", (-(-dim // ROWS), groups), f, w.weight, w.bias, alpha, base, x, batch, dim, width)
+    run, dim = _Products(chain, f), w.weight.shape[0]
+    chain.add(
+        run.module, "narrow", run.grid(-(-dim // ROWS)), f, w.weight, w.bias, alpha, base, x, batch, dim, width,
+        smem=run.smem,
+    )
 
 
 def head(chain: Chain, clock: Clock, x: Tensor, weight: Tensor, logits: Tensor) -> None:
     """logits (B, vocabulary); ends the step: ``clock.now`` moves on."""
     batch, dim = x.shape
-    module, groups = _projection(x, weight)
-    rows = weight.shape[0]
-    chain.add(module, "head", (-(-rows // ROWS), groups), x, weight, logits, clock.now, batch, dim, rows)
+    run, rows = _Products(chain, x), weight.shape[0]
+    chain.add(
+        run.module, "head", run.grid(-(-rows // ROWS)), x, weight, logits, clock.now, batch, dim, rows, smem=run.smem
+    )
 
 
 @dataclass(frozen=True)
@@ -317,5 +336,5 @@ def gate(chain: Chain, near: Tensor, shares: Tensor, far: Tensor | None, r: Tens
     batch, heads, parts, columns = near.shape
     aligned = columns * r.element_size() % 16 == 0
     module = _attend_module(aligned, aligned, r.dtype)
-    grid = (-(-columns // (GATE_THREADS * (4 if aligned else 1))), heads, batch)
+    grid = (-(-columns // (32 * (4 if aligned else 1))), heads, batch)
     chain.add(module, "gate", grid, near, shares, far, r, u, columns, parts)

@@ -1,17 +1,12 @@
-// Matrix products of a step: y = W x for the few tokens of a batch, limited by the reading of W. A block has 32 rows of
-// W and up to TOKENS tokens; its warps share the columns. What comes before (norms) and after (biases, activations,
-// residuals) happens here too. Defines: TOKENS (8, 16, 32), ALIGNED (rows in multiples of 16 bytes).
+// Matrix products of a step: y = W x for the few tokens of a batch, limited by the reading of W. A block goes through
+// tiles of 16 rows of W; its warps share the columns. W comes through a ring in shared memory that stays full from tile
+// to tile, and fills before the step's chain has made x. What comes before (norms) and after (biases, activations,
+// residuals) happens here too. Defines: TOKENS (8, 16, 32) a block, ALIGNED (rows in multiples of 16 bytes), STAGED (all
+// of x fits into shared memory).
 #include "step.cuh"
 
-constexpr int ROWS = 32, TILES = TOKENS / 8, PITCH = ROWS + 1;
+constexpr int ROWS = 16, TILES = TOKENS / 8, PITCH = ROWS + 1, STAGES = 5, DEPTH = 64;
 constexpr bool TENSOR = sizeof(T) == 2 && ALIGNED;
-constexpr int UNROLL = TILES > 2 ? 2 : 4;
-
-DEVICE uint4 stream_16(const T* from) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-    return v;
-}
 
 // How tokens are normalised on their way in: (x - mean) inverse scale + shift, statistics a token.
 struct Plain {
@@ -38,111 +33,151 @@ template <class Norm> DEVICE uint4 normalised(uint4 x, const Norm& norm, int tok
     }
 }
 
-// sums[token][row] = W x for two tiles of 16 rows, the later ones beginning at w0 and w1 and `rows` of them inside.
-// x (tokens, columns). `ready` is called once, before x is read.
-template <class Ready>
-DEVICE void product(const T* w0, const T* w1, int rows0, int rows1, const T* x, int tokens, int columns, float* parts,
-                    float* sums, Ready ready) {
+// The rows of a tile: 8 from `low` and 8 from `high` on, so many of them inside the matrix.
+struct Tile {
+    const T *low, *high;
+    int lows, highs;
+    DEVICE Tile(const T* w, int row, int rows, int columns)
+        : low(w + int64_t(row) * columns), high(low + int64_t(8) * columns), lows(min(rows - row, 8)),
+          highs(min(rows - row - 8, 8)) {}
+    DEVICE Tile(const T* one, const T* three, int row, int rows, int columns)
+        : low(one + int64_t(row) * columns), high(three + int64_t(row) * columns), lows(min(rows - row, 8)), highs(lows) {}
+};
+
+struct Shared {
+    float parts[(TENSOR ? WARPS : 1) * TOKENS * PITCH], mean[TOKENS], inverse[TOKENS];
+    DEVICE float sum(int token, int row) const {
+        float total = 0.f;
+#pragma unroll
+        for (int part = 0; part < (TENSOR ? WARPS : 1); ++part) total += parts[(part * TOKENS + token) * PITCH + row];
+        return total;
+    }
+};
+
+// Products of tiles first, first + step, ... before end with x (tokens, columns). `tile` gives the rows of a tile;
+// `ready` is called once, before x is read, and returns its norm; `finish(tile)` finds the products in s.sum.
+template <class Source, class Ready, class Finish>
+DEVICE void products(Shared& s, int first, int step, int end, const T* x, int tokens, int columns, Source source,
+                     Ready ready, Finish finish) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if constexpr (TENSOR) {
-        const int g = lane / 4, t = lane % 4;
-        const int share = (columns / 32 + (columns % 32 != 0) + WARPS - 1) / WARPS * 32;
-        const int end = min(columns, (warp + 1) * share);
-        const T* from[4] = {w0 + int64_t(min(g, rows0 - 1)) * columns, w0 + int64_t(min(g + 8, rows0 - 1)) * columns,
-                            w1 + int64_t(min(g, rows1 - 1)) * columns, w1 + int64_t(min(g + 8, rows1 - 1)) * columns};
-        float c[2][TILES][4] = {};
-        uint4 w[UNROLL][4];
-        int k = warp * share + 8 * t;
-        const uint4 zero = make_uint4(0, 0, 0, 0);
-        auto fill = [&] {
+        extern __shared__ uint4 dynamic[];
+        uint4* const ring = dynamic + threadIdx.x;  // (stage, 4 pieces, thread): every thread reads what it copied
+        T* const staged = reinterpret_cast<T*>(dynamic + STAGES * 4 * THREADS);
+        const int g = lane / 4, t = lane % 4, pitch = columns + 32;  // rows half a line of banks apart
+        const int steps = (columns + WARPS * DEPTH - 1) / (WARPS * DEPTH);
+        const int total = first < end ? (end - first + step - 1) / step * steps : 0;
+        int next = first, at = 0, stage = 0;  // of the copies
+        auto copy = [&] {
+            if (next < end) {
+                const Tile rows = source(next);
+                const int k = (at * WARPS + warp) * DEPTH + 8 * t;
+                const uint32_t to = shared_address(ring + stage * 4 * THREADS);
 #pragma unroll
-            for (int u = 0; u < UNROLL; ++u)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) w[u][i] = k + 32 * u < end ? stream_16(from[i] + k + 32 * u) : zero;
+                for (int i = 0; i < 4; ++i) {
+                    const int in = k + i % 2 * 32;
+                    const bool inside = g < (i < 2 ? rows.lows : rows.highs) && in < columns;
+                    const T* const from = (i < 2 ? rows.low : rows.high) + int64_t(g) * columns + in;
+                    copy_async_16(to + i * THREADS * 16, inside ? from : rows.low, inside);
+                }
+                if (++at == steps) at = 0, next += step;
+            }
+            copy_async_commit();
+            stage = stage + 1 == STAGES ? 0 : stage + 1;
         };
-        fill();
-        auto norm = ready();
-        while (k - 8 * t < end) {
 #pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
-                const int at = k + 32 * u;
+        for (int i = 0; i < STAGES - 1; ++i) copy();
+        auto norm = ready();
+        if constexpr (STAGED) {
+            for (int i = threadIdx.x; i < tokens * (columns / 8); i += THREADS) {
+                const int token = i / (columns / 8), k = i % (columns / 8) * 8;
+                *reinterpret_cast<uint4*>(staged + token * pitch + k) =
+                    normalised(*reinterpret_cast<const uint4*>(x + int64_t(token) * columns + k), norm, token, k);
+            }
+            __syncthreads();
+        }
+        const uint4 zero = make_uint4(0, 0, 0, 0);
+        float c[TILES][4] = {};
+        int now = first, place = 0, slot = 0;
+        for (int i = 0; i < total; ++i) {
+            copy_async_wait<STAGES - 2>();
+            uint4 w[4];
+#pragma unroll
+            for (int n = 0; n < 4; ++n) w[n] = ring[(slot * 4 + n) * THREADS];
+            copy();
+            slot = slot + 1 == STAGES ? 0 : slot + 1;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int k = (place * WARPS + warp) * DEPTH + half * 32 + 8 * t;
+                const uint4 low = w[half], high = w[2 + half];
+                const uint32_t one[4] = {low.x, high.x, low.y, high.y}, two[4] = {low.z, high.z, low.w, high.w};
 #pragma unroll
                 for (int j = 0; j < TILES; ++j) {
                     const int token = g + 8 * j;
                     uint4 v = zero;
-                    if (token < tokens && at < end)
-                        v = normalised(*reinterpret_cast<const uint4*>(x + int64_t(token) * columns + at), norm, token, at);
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        const uint4 low = w[u][2 * i], high = w[u][2 * i + 1];
-                        const uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
-                        mma_bf16(c[i][j], first, v.x, v.y);  // columns in another order, the same for both operands
-                        mma_bf16(c[i][j], second, v.z, v.w);
+                    if (token < tokens && k < columns) {
+                        if constexpr (STAGED) v = *reinterpret_cast<const uint4*>(staged + token * pitch + k);
+                        else v = normalised(*reinterpret_cast<const uint4*>(x + int64_t(token) * columns + k), norm, token, k);
                     }
+                    mma_bf16(c[j], one, v.x, v.y);  // columns in another order, the same for both operands
+                    mma_bf16(c[j], two, v.z, v.w);
                 }
             }
-            k += 32 * UNROLL;
-            fill();
+            if (++place == steps) {
+#pragma unroll
+                for (int j = 0; j < TILES; ++j)
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) {
+                        s.parts[(warp * TOKENS + 8 * j + 2 * t + r % 2) * PITCH + g + r / 2 * 8] = c[j][r];
+                        c[j][r] = 0.f;
+                    }
+                __syncthreads();
+                finish(now);
+                __syncthreads();
+                place = 0;
+                now += step;
+            }
         }
-        float* const mine = parts + warp * TOKENS * PITCH;
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-#pragma unroll
-            for (int j = 0; j < TILES; ++j)
-#pragma unroll
-                for (int r = 0; r < 4; ++r)
-                    mine[(8 * j + 2 * t + r % 2) * PITCH + 16 * i + g + r / 2 * 8] = c[i][j][r];
-        __syncthreads();
-        for (int i = threadIdx.x; i < TOKENS * ROWS; i += THREADS) {
-            const int at = i / ROWS * PITCH + i % ROWS;
-            float sum = 0.f;
-#pragma unroll
-            for (int part = 0; part < WARPS; ++part) sum += parts[part * TOKENS * PITCH + at];
-            sums[at] = sum;
-        }
-        __syncthreads();
-    } else {  // float32, and widths that tensor cores would not take: four rows a warp, eight tokens at a time
+    } else {  // float32, and widths that tensor cores would not take: two rows a warp, eight tokens at a time
         auto norm = ready();
         constexpr int W = ALIGNED ? 4 : 1;
-        for (int token0 = 0; token0 < tokens; token0 += 8) {
-            float c[4][8] = {};
-            for (int k = lane * W; k < columns; k += 32 * W) {
-                float w[4][W];
+        for (int tile = first; tile < end; tile += step) {
+            const Tile rows = source(tile);
+            for (int token0 = 0; token0 < tokens; token0 += 8) {
+                float c[2][8] = {};
+                for (int k = lane * W; k < columns; k += 32 * W) {
+                    float w[2][W];
+                    load(rows.low + int64_t(min(warp, rows.lows - 1)) * columns + k, w[0]);
+                    if (warp < rows.highs) load(rows.high + int64_t(warp) * columns + k, w[1]);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int r = 4 * warp + i, in = r % 16;
-                    load(r < 16 ? w0 + int64_t(min(in, rows0 - 1)) * columns + k : w1 + int64_t(min(in, rows1 - 1)) * columns + k, w[i]);
-                }
+                    for (int j = 0; j < 8; ++j) {
+                        const int token = token0 + j;
+                        if (token >= tokens) break;
+                        float v[W];
+                        load(x + int64_t(token) * columns + k, v);
 #pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                    const int token = token0 + j;
-                    if (token >= tokens) break;
-                    float v[W];
-                    load(x + int64_t(token) * columns + k, v);
+                        for (int n = 0; n < W; ++n) {
+                            if constexpr (decltype(norm)::ACTIVE)
+                                v[n] = rounded(fmaf((v[n] - norm.mean[token]) * norm.inverse[token], norm.scale[k + n], norm.shift[k + n]));
 #pragma unroll
-                    for (int n = 0; n < W; ++n) {
-                        if constexpr (decltype(norm)::ACTIVE)
-                            v[n] = rounded(fmaf((v[n] - norm.mean[token]) * norm.inverse[token], norm.scale[k + n], norm.shift[k + n]));
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) c[i][j] = fmaf(w[i][n], v[n], c[i][j]);
+                            for (int i = 0; i < 2; ++i) c[i][j] = fmaf(w[i][n], v[n], c[i][j]);
+                        }
                     }
                 }
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+#pragma unroll
+                    for (int j = 0; j < 8; ++j) {
+                        const float sum = warp_sum(c[i][j]);
+                        if (lane == 0 && token0 + j < tokens) s.parts[(token0 + j) * PITCH + warp + 8 * i] = sum;
+                    }
             }
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-#pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                    const float sum = warp_sum(c[i][j]);
-                    if (lane == 0 && token0 + j < tokens) sums[(token0 + j) * PITCH + 4 * warp + i] = sum;
-                }
+            __syncthreads();
+            finish(tile);
+            __syncthreads();
         }
-        __syncthreads();
     }
 }
-
-struct Shared {
-    float parts[TENSOR ? WARPS * TOKENS * PITCH : 1], sums[TOKENS * PITCH], mean[TOKENS], inverse[TOKENS];
-};
 
 // Token statistics from sums of squares (tokens, count): an RMS norm over `columns`.
 DEVICE Normed rms(Shared& s, const float* squares, int count, int tokens, int columns, const float* scale,
@@ -180,77 +215,97 @@ DEVICE Normed layer(Shared& s, const float2* moments, int tokens, int columns, b
     return {scale, shift, s.mean, s.inverse};
 }
 
-struct Place {
-    int block, token, tokens;  // of this block: rows in ROWS from `block` on, and its tokens
-    DEVICE Place(int batch) : block(blockIdx.x), token(blockIdx.y * TOKENS), tokens(min(batch - int(blockIdx.y) * TOKENS, TOKENS)) {}
+DEVICE int tiles(int rows) { return (rows + ROWS - 1) / ROWS; }
+
+struct Group {
+    int token, tokens;  // this block's, of the batch
+    DEVICE Group(int batch) : token(blockIdx.y * TOKENS), tokens(min(batch - int(blockIdx.y) * TOKENS, TOKENS)) {}
 };
 
-// v = silu(Wv a + bv), into its slot of the ring (B, slots, V); z, r, h = W rms(e) + b. Grid: the rows of v, z, r, h.
+struct Ready {
+    DEVICE Plain operator()() const {
+        chain_wait();
+        return {};
+    }
+};
+
+// v = silu(Wv a + bv), into its slot of the ring (B, slots, V); z, r, h = W rms(e) + b. The first `of_v` blocks share
+// the rows of v, the others those of z, r, h.
 __global__ void __launch_bounds__(THREADS)
     project_in(const T* a, const T* e, const float* squares, const float* scale, const float* shift, const T* wv,
                const T* wz, const T* wr, const T* wh, const float* bv, const float* bz, const float* br,
                const float* bh, T* ring, T* z, T* r, T* h, const int64_t* clock, float eps, int batch, int dim,
-               int values, int keys, int groups, int slots) {
+               int values, int keys, int groups, int slots, int of_v) {
     __shared__ Shared s;
     chain_next();
-    Place at(batch);
-    const int vs = (values + ROWS - 1) / ROWS, zs = (keys + ROWS - 1) / ROWS;
-    const int which = at.block < vs ? 0 : at.block < vs + zs ? 1 : at.block < 2 * vs + zs ? 2 : 3;
-    const int row = (at.block - (which == 0 ? 0 : which == 1 ? vs : which == 2 ? vs + zs : 2 * vs + zs)) * ROWS;
-    const T* const w = which == 0 ? wv : which == 1 ? wz : which == 2 ? wr : wh;
-    const float* const bias = which == 0 ? bv : which == 1 ? bz : which == 2 ? br : bh;
-    const int height = which == 1 ? keys : which == 3 ? dim : values;
-    const T* const low = w + int64_t(row) * dim;
-    const int inside = height - row;
-    const T* const high = inside > 16 ? low + int64_t(16) * dim : low;
-    const int64_t first = int64_t(at.token) * dim;
-    if (which == 0)
-        product(low, high, min(inside, 16), inside > 16 ? min(inside - 16, 16) : 1, a + first, at.tokens, dim, s.parts,
-                s.sums, [&] { chain_wait(); return Plain(); });
-    else
-        product(low, high, min(inside, 16), inside > 16 ? min(inside - 16, 16) : 1, e + first, at.tokens, dim, s.parts,
-                s.sums, [&] {
-                    chain_wait();
-                    return rms(s, squares + at.token * groups, groups, at.tokens, dim, scale, shift, eps);
-                });
-    T* const y = which == 1 ? z : which == 2 ? r : h;
-    for (int i = threadIdx.x; i < at.tokens * ROWS; i += THREADS) {
-        const int token = i / ROWS, n = i % ROWS;
-        if (n >= inside) continue;
-        const float sum = s.sums[token * PITCH + n] + bias[row + n];
-        const int64_t line = at.token + token;
-        if (which == 0) ring[(line * slots + *clock % slots) * values + row + n] = from_float<T>(silu(rounded(sum)));
-        else y[line * height + row + n] = from_float<T>(sum);
+    Group at(batch);
+    const int64_t begin = int64_t(at.token) * dim;
+    if (blockIdx.x < of_v) {
+        products(s, blockIdx.x, of_v, tiles(values), a + begin, at.tokens, dim,
+                 [&](int tile) { return Tile(wv, tile * ROWS, values, dim); }, Ready(), [&](int tile) {
+                     for (int i = threadIdx.x; i < at.tokens * ROWS; i += THREADS) {
+                         const int token = i / ROWS, n = i % ROWS, row = tile * ROWS + n;
+                         if (row >= values) continue;
+                         const float v = silu(rounded(s.sum(token, n) + bv[row]));
+                         ring[(int64_t(at.token + token) * slots + *clock % slots) * values + row] = from_float<T>(v);
+                     }
+                 });
+        return;
     }
+    const int zs = tiles(keys), rs = zs + tiles(values), hs = rs + tiles(dim);
+    products(s, blockIdx.x - of_v, gridDim.x - of_v, hs, e + begin, at.tokens, dim,
+             [&](int tile) {
+                 return tile < zs ? Tile(wz, tile * ROWS, keys, dim)
+                        : tile < rs ? Tile(wr, (tile - zs) * ROWS, values, dim) : Tile(wh, (tile - rs) * ROWS, dim, dim);
+             },
+             [&] {
+                 chain_wait();
+                 return rms(s, squares + at.token * groups, groups, at.tokens, dim, scale, shift, eps);
+             },
+             [&](int tile) {
+                 const int height = tile < zs ? keys : tile < rs ? values : dim;
+                 const int row0 = (tile - (tile < zs ? 0 : tile < rs ? zs : rs)) * ROWS;
+                 const float* const bias = tile < zs ? bz : tile < rs ? br : bh;
+                 T* const y = tile < zs ? z : tile < rs ? r : h;
+                 for (int i = threadIdx.x; i < at.tokens * ROWS; i += THREADS) {
+                     const int token = i / ROWS, n = i % ROWS, row = row0 + n;
+                     if (row < height) y[int64_t(at.token + token) * height + row] = from_float<T>(s.sum(token, n) + bias[row]);
+                 }
+             });
 }
 
-// y = x + (h + Wu), and its moments (B, D / ROWS). Grid: the rows of W (D, V).
+// y = x + (h + Wu), and its moments (B, D / ROWS). W (D, V).
 __global__ void __launch_bounds__(THREADS)
     project_out(const T* u, const T* w, const T* h, const T* x, T* y, float2* moments, int batch, int dim, int values) {
     __shared__ Shared s;
     chain_next();
-    Place at(batch);
-    const int row = at.block * ROWS, inside = dim - row;
-    const T* const low = w + int64_t(row) * values;
-    product(low, inside > 16 ? low + int64_t(16) * values : low, min(inside, 16), inside > 16 ? min(inside - 16, 16) : 1,
-            u + int64_t(at.token) * values, at.tokens, values, s.parts, s.sums, [&] { chain_wait(); return Plain(); });
-    const int n = threadIdx.x % 32;
-    for (int token = threadIdx.x / 32; token < at.tokens; token += WARPS) {
-        const int64_t to = int64_t(at.token + token) * dim + row + n;
-        float sum = 0.f;
-        if (n < inside) {
-            sum = rounded(rounded(s.sums[token * PITCH + n]) + to_float(h[to]));
-            sum = rounded(sum + to_float(x[to]));
-            y[to] = from_float<T>(sum);
-        }
-        const int count = min(inside, ROWS);
-        const float mean = warp_sum(sum) / count, away = n < inside ? sum - mean : 0.f;
-        const float2 found = make_float2(mean, warp_sum(away * away));
-        if (n == 0) moments[int64_t(at.token + token) * gridDim.x + at.block] = found;
-    }
+    Group at(batch);
+    products(s, blockIdx.x, gridDim.x, tiles(dim), u + int64_t(at.token) * values, at.tokens, values,
+             [&](int tile) { return Tile(w, tile * ROWS, dim, values); }, Ready(), [&](int tile) {
+                 const uint32_t half = 0xffffu << (threadIdx.x & 16);  // the lanes of a token
+                 const int count = min(dim - tile * ROWS, ROWS);
+                 auto sum_of = [&](float v) {
+#pragma unroll
+                     for (int offset = 8; offset > 0; offset /= 2) v += __shfl_xor_sync(half, v, offset);
+                     return v;
+                 };
+                 for (int i = threadIdx.x; i < at.tokens * ROWS; i += THREADS) {
+                     const int token = i / ROWS, n = i % ROWS;
+                     const int64_t to = int64_t(at.token + token) * dim + tile * ROWS + n;
+                     float sum = 0.f;
+                     if (n < count) {
+                         sum = rounded(rounded(s.sum(token, n)) + to_float(h[to]));
+                         sum = rounded(sum + to_float(x[to]));
+                         y[to] = from_float<T>(sum);
+                     }
+                     const float mean = sum_of(sum) / count, away = n < count ? sum - mean : 0.f;
+                     const float2 found = make_float2(mean, sum_of(away * away));
+                     if (n == 0) moments[int64_t(at.token + token) * tiles(dim) + tile] = found;
+                 }
+             });
 }
 
-// f = silu(W1 n + b1) [* W3 n], n the norm of y. Grid: 16 rows of each matrix (GATED), or 32 of W1.
+// f = silu(W1 n + b1) [* W3 n], n the norm of y. A tile has 8 rows of each matrix (GATED), or 16 of W1.
 template <bool GATED>
 __global__ void __launch_bounds__(THREADS)
     widen(const T* y, const float2* moments, const float* scale, const float* shift, const T* w1, const T* w3,
@@ -258,58 +313,59 @@ __global__ void __launch_bounds__(THREADS)
     constexpr int STEP = GATED ? ROWS / 2 : ROWS;
     __shared__ Shared s;
     chain_next();
-    Place at(batch);
-    const int row = at.block * STEP, inside = width - row, count = (dim + ROWS - 1) / ROWS;
-    const T* const low = w1 + int64_t(row) * dim;
-    const T* const high = GATED ? w3 + int64_t(row) * dim : inside > 16 ? low + int64_t(16) * dim : low;
-    const int rows1 = GATED ? min(inside, 16) : inside > 16 ? min(inside - 16, 16) : 1;
-    product(low, high, min(inside, 16), rows1, y + int64_t(at.token) * dim, at.tokens, dim, s.parts, s.sums, [&] {
-        chain_wait();
-        return layer(s, moments + int64_t(at.token) * count, at.tokens, dim, centred, scale, shift, eps);
-    });
-    for (int i = threadIdx.x; i < at.tokens * STEP; i += THREADS) {
-        const int token = i / STEP, n = i % STEP;
-        if (n >= inside) continue;
-        float out = silu(rounded(s.sums[token * PITCH + n] + (bias ? bias[row + n] : 0.f)));
-        if constexpr (GATED) out *= rounded(s.sums[token * PITCH + 16 + n]);
-        f[int64_t(at.token + token) * width + row + n] = from_float<T>(out);
-    }
+    Group at(batch);
+    products(s, blockIdx.x, gridDim.x, (width + STEP - 1) / STEP, y + int64_t(at.token) * dim, at.tokens, dim,
+             [&](int tile) {
+                 if constexpr (GATED) return Tile(w1, w3, tile * STEP, width, dim);
+                 else return Tile(w1, tile * STEP, width, dim);
+             },
+             [&] {
+                 chain_wait();
+                 return layer(s, moments + int64_t(at.token) * tiles(dim), at.tokens, dim, centred, scale, shift, eps);
+             },
+             [&](int tile) {
+                 for (int i = threadIdx.x; i < at.tokens * STEP; i += THREADS) {
+                     const int token = i / STEP, n = i % STEP, row = tile * STEP + n;
+                     if (row >= width) continue;
+                     float out = silu(rounded(s.sum(token, n) + (bias ? bias[row] : 0.f)));
+                     if constexpr (GATED) out *= rounded(s.sum(token, STEP + n));
+                     f[int64_t(at.token + token) * width + row] = from_float<T>(out);
+                 }
+             });
 }
 
-// x = base + alpha (W f + b). Grid: the rows of W (D, F).
+// x = base + alpha (W f + b). W (D, F).
 __global__ void __launch_bounds__(THREADS)
     narrow(const T* f, const T* w, const float* bias, const float* alpha, const T* base, T* x, int batch, int dim,
            int width) {
     __shared__ Shared s;
     chain_next();
-    Place at(batch);
-    const int row = at.block * ROWS, inside = dim - row;
-    const T* const low = w + int64_t(row) * width;
-    product(low, inside > 16 ? low + int64_t(16) * width : low, min(inside, 16), inside > 16 ? min(inside - 16, 16) : 1,
-            f + int64_t(at.token) * width, at.tokens, width, s.parts, s.sums, [&] { chain_wait(); return Plain(); });
-    for (int i = threadIdx.x; i < at.tokens * ROWS; i += THREADS) {
-        const int token = i / ROWS, n = i % ROWS;
-        if (n >= inside) continue;
-        float out = rounded(s.sums[token * PITCH + n] + (bias ? bias[row + n] : 0.f));
-        if (alpha) out = rounded(alpha[row + n] * out);
-        const int64_t to = int64_t(at.token + token) * dim + row + n;
-        x[to] = from_float<T>(to_float(base[to]) + out);
-    }
+    Group at(batch);
+    products(s, blockIdx.x, gridDim.x, tiles(dim), f + int64_t(at.token) * width, at.tokens, width,
+             [&](int tile) { return Tile(w, tile * ROWS, dim, width); }, Ready(), [&](int tile) {
+                 for (int i = threadIdx.x; i < at.tokens * ROWS; i += THREADS) {
+                     const int token = i / ROWS, n = i % ROWS, row = tile * ROWS + n;
+                     if (row >= dim) continue;
+                     float out = rounded(s.sum(token, n) + (bias ? bias[row] : 0.f));
+                     if (alpha) out = rounded(alpha[row] * out);
+                     const int64_t to = int64_t(at.token + token) * dim + row;
+                     x[to] = from_float<T>(to_float(base[to]) + out);
+                 }
+             });
 }
 
-// logits = W x, float32; the step is over, so the clock moves on. Grid: the rows of W (vocabulary, D).
+// logits = W x, float32; the step is over, so the clock moves on. W (vocabulary, D).
 __global__ void __launch_bounds__(THREADS)
     head(const T* x, const T* w, float* logits, int64_t* clock, int batch, int dim, int vocabulary) {
     __shared__ Shared s;
     chain_next();
-    Place at(batch);
-    const int row = at.block * ROWS, inside = vocabulary - row;
-    const T* const low = w + int64_t(row) * dim;
-    product(low, inside > 16 ? low + int64_t(16) * dim : low, min(inside, 16), inside > 16 ? min(inside - 16, 16) : 1,
-            x + int64_t(at.token) * dim, at.tokens, dim, s.parts, s.sums, [&] { chain_wait(); return Plain(); });
-    for (int i = threadIdx.x; i < at.tokens * ROWS; i += THREADS) {
-        const int token = i / ROWS, n = i % ROWS;
-        if (n < inside) logits[int64_t(at.token + token) * vocabulary + row + n] = s.sums[token * PITCH + n];
-    }
+    Group at(batch);
+    products(s, blockIdx.x, gridDim.x, tiles(vocabulary), x + int64_t(at.token) * dim, at.tokens, dim,
+             [&](int tile) { return Tile(w, tile * ROWS, vocabulary, dim); }, Ready(), [&](int tile) {
+                 for (int i = threadIdx.x; i < at.tokens * ROWS; i += THREADS) {
+                     const int token = i / ROWS, n = i % ROWS, row = tile * ROWS + n;
+                     if (row < vocabulary) logits[int64_t(at.token + token) * vocabulary + row] = s.sum(token, n);
+                 }
+             });
     if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *clock += 1;
 }
