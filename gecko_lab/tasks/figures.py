@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 from ..studies.figures import colour
-from ..studies.svg import LETTER, Scale, document, horizontal, number, path, text, vertical
+from ..studies.svg import LETTER, Scale, document, horizontal, number, path, text
 
 WIDTH = 640.0
 
@@ -46,11 +46,11 @@ def lines(
     if not xs:
         return document(WIDTH, 40, [text(12, 24, f"{title}: nothing to draw")], title)
     legend, top = _legend(group)
-    left, right, height = 62.0, WIDTH - 16, 260.0
+    left, right, height = 62.0, WIDTH - 24, 260.0
     x = Scale(min(xs), max(xs), left, right, log_x)
     low, high = y_range or _room(min(ys), max(ys), log_y)
     y = Scale(low, high, top + height, top, log_y)
-    out = [text(8, 18, title), legend, vertical(x, top, top + height, x_axis), horizontal(y, left, right, True)]
+    out = [text(8, 18, title), legend, _vertical(x, top, top + height, x_axis), horizontal(y, left, right, True)]
     for at, label in marks:
         if x.low < at < x.high:
             out.append(f'<path class="axis" d="M{x(at):.1f} {top}V{top + height}" stroke-dasharray="2 3"/>')
@@ -107,8 +107,30 @@ def heat_map(
     bottom = top + tall * len(rows)
     for c, name in enumerate(columns):
         out.append(text(left + wide * (c + 0.5), bottom + 18, name, "middle", "soft"))
-    out.append(text(left + wide * len(columns) / 2, bottom + 38, x_axis, "middle"))
+    out.append(text(left, bottom + 38, x_axis))
     return document(max(WIDTH, left + wide * len(columns) + 16), bottom + 50, out, title)
+
+
+def tokens(count: float) -> str:
+    """A number of tokens as the field writes it: 512, 4K = 4,096, 1M = 1,048,576."""
+    for unit, letter in ((2**30, "G"), (2**20, "M"), (2**10, "K")):
+        if count >= unit:
+            return f"{count / unit:.3g}{letter}"
+    return f"{count:.0f}"
+
+
+def _vertical(x: Scale, top: float, bottom: float, label: str) -> str:
+    """Rules and numbers; on a logarithmic axis at powers of two, at most ten of them."""
+    if x.log:
+        powers = range(math.ceil(math.log2(x.low) - 1e-9), math.floor(math.log2(x.high) + 1e-9) + 1)
+        step = max(1, -(-len(powers) // 10))
+        marks = [(2.0**p, tokens(2.0**p)) for p in powers[::step]] or [(x.low, tokens(x.low))]
+    else:
+        marks = [(v, number(v)) for v in x.ticks()]
+    out = [f'<path class="rule" d="M{x(v):.1f} {top}V{bottom}"/>' for v, _ in marks]
+    out += [text(x(v), bottom + 18, name, "middle", "soft") for v, name in marks]
+    out.append(f'<path class="axis" d="M{x.start:.1f} {bottom}H{x.end:.1f}"/>')
+    return "".join([*out, text((x.start + x.end) / 2, bottom + 38, label, "middle")])
 
 
 def _stroke(line: Line, place: int) -> str:

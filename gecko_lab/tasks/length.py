@@ -106,7 +106,7 @@ class Length(Task):
                 progress(min(done, total), total)
                 reached = [e for e in self.edges if part.begin < e <= part.begin + part.width]
                 if not every and reached:
-                    extra["state"] += state_norms.of(part.state, reached[-1])
+                    extra["state"] += state_norms.of(part.state, part.begin + part.width)
                     if self.config.decode:
                         extra["decode"].append(self._decode(subject, part.state, part.begin + part.width))
         for row, length in enumerate(self.streams.lengths):

@@ -17,7 +17,7 @@ from ..components.registry import option
 from ..errors import LabError
 from ..evaluation import find_text
 from .base import Column, Progress, Sheet, Task, nothing
-from .figures import Line, heat_map, lines
+from .figures import Line, heat_map, lines, tokens
 from .haystack import Hay, Item, prompt, split_answer
 from .subject import Subject
 
@@ -224,4 +224,4 @@ def _size(value: Any) -> tuple[float, bool]:
 
 
 def _times(length: int, window: int | None) -> str:
-    return f"{length:,}" if window is None else f"{length:,} ({length / window:.3g}x)"
+    return tokens(length) if window is None else f"{tokens(length)} ({length / window:.3g}x)"

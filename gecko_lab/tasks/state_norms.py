@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from ..model import ModelState
 from .figures import Line, lines
 
+RECENT = ("attention.", "memory.lam", "memory.mix", "memory.target")  # of the last tokens only: not drawn
 ABSENT = -1e29  # a logarithm that stands for "nothing was written yet"
 
 
@@ -31,8 +32,8 @@ def of(state: ModelState, context: int) -> list[dict[str, Any]]:
 
 
 def figure(rows: list[dict[str, Any]]) -> str:
-    """One curve a part: the mean over the layers."""
-    parts = list(dict.fromkeys(r["part"] for r in rows if r["layer"] >= 0))
+    """One curve a part that holds the whole past: the mean over the layers."""
+    parts = list(dict.fromkeys(r["part"] for r in rows if r["layer"] >= 0 and not r["part"].startswith(RECENT)))
     curves = []
     for part in parts:
         by_context: dict[int, list[float]] = {}
