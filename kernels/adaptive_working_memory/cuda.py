@@ -8,10 +8,11 @@ from torch.autograd.function import once_differentiable
 
 from ..sliding_chunk_attention.documents import document_starts
 from ..types import MemoryState
-from . import chain, rows
+from . import chain, rows, tiles
 from . import fused as fused  # registers the operators
 
-KERNELS = (*rows.MODULES, *chain.MODULES)
+KERNELS = (*rows.MODULES, *chain.MODULES, *tiles.MODULES)
+SPILL_BUDGET = 160  # bytes: a few registers around the wgmma loop
 SMALL_HEAD = 8192  # table entries of a head up to which products are float32, as tensor cores would gain nothing
 _DTYPES = (torch.bfloat16, torch.float32)
 
@@ -167,14 +168,13 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ak: Tensor, v: Tensor, first: Tensor | None, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
         lam, mix, target = torch.ops.gecko_lab.memory_sums(ak, v, first, chunks)
-        ctx.save_for_backward(ak, v, mix, target, first)
+        ctx.save_for_backward(ak, v, lam, mix, target, first)
         return lam, mix, target
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dlam: Tensor, dmix: Tensor, dtarget: Tensor) -> tuple[Tensor | None, ...]:
-        ak, v, mix, target, first = ctx.saved_tensors
-        return *torch.ops.gecko_lab.memory_sums_backward(dlam, dmix, dtarget, ak, v, mix, target, first), None, None
+        return *torch.ops.gecko_lab.memory_sums_backward(dlam, dmix, dtarget, *ctx.saved_tensors), None, None
 
 
 class _Table(torch.autograd.Function):
@@ -192,8 +192,8 @@ class _Table(torch.autograd.Function):
         *layout: int,
     ) -> tuple[Tensor, ...]:
         out = torch.ops.gecko_lab.memory_table(aq, lam, mix, target, keep, table, logz, live, *layout)
-        ctx.save_for_backward(aq, mix, target, keep, *out[3:], live)
-        ctx.layout, ctx.entering = layout, table is not None
+        ctx.save_for_backward(aq, mix, keep, *out[3:], live)
+        ctx.layout, ctx.entering, ctx.width = layout, table is not None, target.shape[4]
         ctx.mark_non_differentiable(*out[3:])
         ctx.set_materialize_grads(False)
         return out
@@ -203,11 +203,11 @@ class _Table(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dlast: Tensor | None, dlogz: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        aq, mix, target, keep, rho, tables, live = ctx.saved_tensors
+        aq, mix, keep, rho, tables, live = ctx.saved_tensors
         if dy is None:
-            dy = aq.new_zeros((*aq.shape[:3], target.shape[4]))
+            dy = aq.new_zeros((*aq.shape[:3], ctx.width))
         daq, dlam, dmix, dtarget, dtable, dlogz0 = torch.ops.gecko_lab.memory_table_backward(
-            dy.contiguous(), dlast, dlogz, aq, mix, target, keep, rho, tables, live, *ctx.layout
+            dy.contiguous(), dlast, dlogz, aq, mix, keep, rho, tables, live, *ctx.layout
         )
         state = (dtable, dlogz0) if ctx.entering else (None, None)
         return daq, dlam, dmix, dtarget, None, *state, None, *(None for _ in ctx.layout)

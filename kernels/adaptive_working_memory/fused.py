@@ -13,21 +13,21 @@ from torch import Tensor
 
 from ..products import product
 from ..sliding_chunk_attention.plan import window
-from . import chain, rows
+from . import chain, rows, tiles
 
 _library = torch.library.Library("gecko_lab", "FRAGMENT")
 _library.define("memory_sums(Tensor ak, Tensor v, Tensor? first, int chunks) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    "memory_sums_backward(Tensor dlam, Tensor dmix, Tensor dtarget, Tensor ak, Tensor v, Tensor mix, Tensor target, "
-    "Tensor? first) -> (Tensor, Tensor)"
+    "memory_sums_backward(Tensor dlam, Tensor dmix, Tensor dtarget, Tensor ak, Tensor v, Tensor lam, Tensor mix, "
+    "Tensor target, Tensor? first) -> (Tensor, Tensor)"
 )
 _library.define(
     "memory_table(Tensor aq, Tensor lam, Tensor mix, Tensor target, Tensor keep, Tensor? table, Tensor? logz, "
     "Tensor? live, int chunk, int offset, int skip) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "memory_table_backward(Tensor dy, Tensor? dlast, Tensor? dlogz, Tensor aq, Tensor mix, Tensor target, Tensor keep, "
-    "Tensor rho, Tensor tables, Tensor? live, int chunk, int offset, int skip) "
+    "memory_table_backward(Tensor dy, Tensor? dlast, Tensor? dlogz, Tensor aq, Tensor mix, Tensor keep, Tensor rho, "
+    "Tensor tables, Tensor? live, int chunk, int offset, int skip) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -36,16 +36,17 @@ def _wide(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
+def _cells(x: Tensor, chunks: int) -> Tensor:
+    """x (B, L, H, S) by chunks, (B, H, N, L / N, S)."""
+    chunk = x.shape[1] // chunks
+    return window(x, 0, chunk, chunks, chunk)
+
+
 def _sums(ak: Tensor, v: Tensor, first: Tensor | None, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, heads, features = ak.shape
-    chunk = length // chunks
-    weights, lam = rows.softmax_time(ak, chunks, first)
-    answers = rows.softmax_features(ak, None)
-    mix = _wide((batch, heads, chunks, features, features), ak)
-    target = _wide((batch, heads, chunks, features, v.shape[3]), ak)
-    by_key = window(weights, 0, chunk, chunks, chunk).transpose(-1, -2)
-    product(mix, by_key, window(answers, 0, chunk, chunks, chunk))
-    product(target, by_key, window(v, 0, chunk, chunks, chunk))
+    weights, answers, lam = rows.softmax_keys(ak, chunks, first)
+    mix, target = (_wide((*lam.shape, x.shape[3]), ak) for x in (answers, v))
+    for out, x in ((mix, answers), (target, v)):
+        product(out, _cells(weights, chunks).transpose(-1, -2), _cells(x, chunks))
     return lam, mix, target
 
 
@@ -55,29 +56,31 @@ def _sums_backward(
     dtarget: Tensor,
     ak: Tensor,
     v: Tensor,
+    lam: Tensor,
     mix: Tensor,
     target: Tensor,
     first: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    chunks = mix.shape[2]
-    chunk = ak.shape[1] // chunks
-    weights, lam = rows.softmax_time(ak, chunks, first)
-    answers = rows.softmax_features(ak, None)
-    dmix, dtarget = dmix.contiguous(), dtarget.contiguous()
-    column = dlam - rows.row_dot(dtarget, target) - rows.row_dot(dmix, mix)
-    dmix, dtarget = dmix.to(ak.dtype), dtarget.to(ak.dtype)
-
-    def cells(x: Tensor) -> Tensor:
-        return window(x, 0, chunk, chunks, chunk)
+    chunks = lam.shape[2]
+    weights, answers, _ = rows.softmax_keys(ak, chunks, first, lam)
+    column = dlam.contiguous()
+    dots, dtarget = rows.row_dot(dtarget, target, ak.dtype)
+    column = column - dots
+    dots, dmix = rows.row_dot(dmix, mix, ak.dtype)
+    column -= dots
 
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    product(cells(dv), cells(weights), dtarget)
+    product(_cells(dv, chunks), _cells(weights, chunks), dtarget)
+    if tiles.serves(ak, v, ak.shape[1] // chunks):
+        return tiles.key_gradient(ak, v, (weights, answers, lam), dmix, dtarget, column, first), dv
     over_features, from_keys, from_values = (_wide(ak.shape, ak) for _ in range(3))
-    product(cells(over_features), cells(weights), dmix)
-    product(cells(from_keys), cells(answers), dmix.transpose(-1, -2))
-    product(cells(from_values), cells(v), dtarget.transpose(-1, -2))
-    dak = rows.softmax_both_backward(ak, over_features, (from_keys, from_values), lam, column.contiguous(), first)
-    return dak, dv
+    for out, left, right in (
+        (over_features, weights, dmix),
+        (from_keys, answers, dmix.transpose(-1, -2)),
+        (from_values, v, dtarget.transpose(-1, -2)),
+    ):
+        product(_cells(out, chunks), _cells(left, chunks), right)
+    return rows.softmax_both_backward(ak, over_features, (from_keys, from_values), lam, column, first), dv
 
 
 def _reads(length: int, chunk: int, offset: int, skip: int) -> Iterator[tuple[int, int, int, int]]:
@@ -123,17 +126,13 @@ def _table(
     rho, last = rows.shares(lam.contiguous(), keep, logz.contiguous())
     tables = _wide((batch, heads, folds + 1, features, width), aq)
     tables[:, :, 0] = 0.0 if table is None else table
-    chain.forward(tables, mix, target, rho, keep, aq.dtype)
+    narrow = chain.forward(tables, mix, target, rho, keep, aq.dtype)
     y = torch.empty((batch, length, heads, width), dtype=aq.dtype, device=aq.device)
     y[:, : skip * chunk] = 0.0
     queries = rows.softmax_features(aq, live)
-    stored = tables.to(aq.dtype)
     for row, count, chunks, index in _reads(length, chunk, offset, skip):
-        product(
-            window(y, row, count, chunks, chunk),
-            window(queries, row, count, chunks, chunk),
-            stored[:, :, index : index + chunks],
-        )
+        out, by = (window(x, row, count, chunks, chunk) for x in (y, queries))
+        product(out, by, narrow[:, :, index : index + chunks])
     return y, tables[:, :, -1].clone(), last, rho, tables
 
 
@@ -143,7 +142,6 @@ def _table_backward(
     dlogz: Tensor | None,
     aq: Tensor,
     mix: Tensor,
-    target: Tensor,
     keep: Tensor,
     rho: Tensor,
     tables: Tensor,
@@ -154,49 +152,38 @@ def _table_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """daq, dlam, dmix, dtarget, dtable, dlogz."""
     length, folds = aq.shape[1], keep.shape[1]
-    dlam, dmix, dtarget = _wide(mix.shape[:4], mix), torch.empty_like(mix), torch.empty_like(target)
-    for x in (dlam, dmix, dtarget):
+    dlam, dmix = _wide(mix.shape[:4], mix), torch.empty_like(mix)
+    grad = _wide((*mix.shape[:2], mix.shape[2] + 1, *tables.shape[3:]), aq)  # of the tables, then of the targets
+    for x in (dlam, dmix, grad[:, :, 1:]):
         x[:, :, folds:] = 0.0
-    mix, target = mix[:, :, :folds], target[:, :, :folds]
     queries = rows.softmax_features(aq, live)
-    # the softmax's derivative subtracts means, which would enlarge the rounding of the tables to bfloat16
-    stored = rows.split(tables) if aq.dtype == torch.bfloat16 else tables
-    dqueries, grad = _wide((*aq.shape[:3], stored.shape[3]), aq), _wide(tables.shape, aq)
-    dqueries[:, : skip * chunk] = 0.0
+    # The softmax's derivative does not see what a column of the table has in common, but would see its rounding.
+    narrow, centred = rows.narrow_tables(tables) if aq.dtype == torch.bfloat16 else (tables, tables)
+    by_tiles = tiles.serves(aq, dy, chunk, offset)
+    if by_tiles:
+        daq = tiles.query_gradient(aq, dy, centred, live, chunk, offset, skip)
+    else:
+        dqueries = _wide(aq.shape, aq)
+        dqueries[:, : skip * chunk] = 0.0
     read = 0 if skip == 0 else 1
     grad[:, :, :read] = 0.0
     for row, count, chunks, index in _reads(length, chunk, offset, skip):
-        out = window(dy, row, count, chunks, chunk)
         at = slice(index, index + chunks)
-        product(window(dqueries, row, count, chunks, chunk), out, stored[:, :, at].transpose(-1, -2))
-        product(grad[:, :, at], window(queries, row, count, chunks, chunk).transpose(-1, -2), out)
+        by, of = (window(x, row, count, chunks, chunk) for x in (dy, queries))
+        product(grad[:, :, at], of.transpose(-1, -2), by)
+        if not by_tiles:
+            product(window(dqueries, row, count, chunks, chunk), by, centred[:, :, at].transpose(-1, -2))
         read = index + chunks
-    grad[:, :, read:] = 0.0
+    grad[:, :, read : folds + 1] = 0.0
     if dlast is not None:
-        grad[:, :, -1] += dlast
-    daq = rows.softmax_features_backward(aq, dqueries, live)
-    chain.backward(grad, mix, rho, keep, aq.dtype)
-    after = grad[:, :, 1:]
-    outer = _outer(grad, tables, stored) * keep[:, None, :, None, None]
-    drho = rows.row_dot(after, target) - outer.diagonal(dim1=-2, dim2=-1) - rows.row_dot(outer, mix)
-    dlam[:, :, :folds], dlogz0 = rows.shares_backward(drho, None if dlogz is None else dlogz.contiguous(), rho, keep)
-    torch.mul(outer, -rho[..., None], out=dmix[:, :, :folds])
-    torch.mul(after, rho[..., None], out=dtarget[:, :, :folds])
-    return daq, dlam, dmix, dtarget, grad[:, :, 0].clone(), dlogz0
-
-
-def _outer(grad: Tensor, tables: Tensor, stored: Tensor) -> Tensor:
-    """grad[f + 1] tables[f]^T for each fold f, (B, H, F, S, S), in two bfloat16 a number where `stored` is."""
-    batch, heads, folds, features, _ = tables.shape
-    right = stored[:, :, :-1].transpose(-1, -2)
-    if stored is tables:
-        outer = _wide((batch, heads, folds - 1, features, features), tables)
-        product(outer, grad[:, :, 1:], right)
-        return outer
-    parts = _wide((batch, heads, folds - 1, 2 * features, 2 * features), tables)
-    product(parts, rows.split(grad)[:, :, 1:], right)
-    high, low = parts.unflatten(-1, (2, -1)).split(features, 3)
-    return high[..., 0, :] + high[..., 1, :] + low[..., 0, :]
+        grad[:, :, folds] += dlast
+    if not by_tiles:
+        daq = rows.softmax_features_backward(aq, dqueries, live)
+    after, turn = chain.backward(grad[:, :, : folds + 1], tables, mix[:, :, :folds], rho, keep, aq.dtype)
+    product(dmix[:, :, :folds], after, narrow[:, :, :-1].transpose(-1, -2))
+    dmix[:, :, :folds] *= -keep[:, None, :, None, None]
+    dlam[:, :, :folds], dlogz0 = rows.shares_backward(turn, None if dlogz is None else dlogz.contiguous(), rho, keep)
+    return daq, dlam, dmix, grad[:, :, 1:], grad[:, :, 0].clone(), dlogz0
 
 
 def _fake_sums(ak: Tensor, v: Tensor, first: Tensor | None, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,6 +199,7 @@ def _fake_sums_backward(
     dtarget: Tensor,
     ak: Tensor,
     v: Tensor,
+    lam: Tensor,
     mix: Tensor,
     target: Tensor,
     first: Tensor | None,
@@ -246,7 +234,6 @@ def _fake_table_backward(
     dlogz: Tensor | None,
     aq: Tensor,
     mix: Tensor,
-    target: Tensor,
     keep: Tensor,
     rho: Tensor,
     tables: Tensor,
@@ -258,7 +245,8 @@ def _fake_table_backward(
     batch, heads, _, features, width = tables.shape
     new = lambda size: tables.new_empty(size)
     table, logz = new((batch, heads, features, width)), new((batch, heads, features))
-    return aq.new_empty(aq.shape), new(mix.shape[:4]), new(mix.shape), new(target.shape), table, logz
+    targets = new((batch, heads, mix.shape[2] + 1, features, width))[:, :, 1:]
+    return aq.new_empty(aq.shape), new(mix.shape[:4]), new(mix.shape), targets, table, logz
 
 
 for _name, _run, _fake in (

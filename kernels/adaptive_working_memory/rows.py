@@ -8,20 +8,22 @@ from ..runtime import Kernel, Module
 LARGEST_HEAD = 1024
 NOTHING = -1e30  # logarithm of an empty sum
 _ARGUMENTS = {
-    "softmax_features": "PPPqqqiiii",
+    "softmax_features": "PPPqqqiiiii",
     "softmax_backward": "PPPPPPPPPqqqiiiiii",
-    "softmax_time": "PPPPqqqiiii",
+    "time_sums": "PPPqqqiiiii",
+    "softmax_keys": "PPPPPPqqqiiiii",
     "shares": "PPPPPiiii",
     "shares_backward": "PPPPPPiiii",
-    "row_dot": "PPPqqiii",
-    "split": "PPqq",
+    "row_dot": "PPPPqqiiii",
+    "narrow_tables": "PPPii",
 }
 _MODULE = Module(__file__, "memory.cu", kernels=tuple(_ARGUMENTS))
 _THREADS = 256
+_SLAB = 128  # rows a block of the softmax over time
 
 
 def _module(features: int, dtype: torch.dtype) -> Module:
-    return _MODULE.specialise(FEATURES=-(-features // 32), BF16=dtype == torch.bfloat16)
+    return _MODULE.specialise(FEATURES=-(-features // 32), EXACT=features % 32 == 0, BF16=dtype == torch.bfloat16)
 
 
 MODULES = tuple(_module(features, dtype) for features in (32, 256) for dtype in (torch.bfloat16, torch.float32))
@@ -29,7 +31,7 @@ _kernels: dict[tuple[str, int, torch.dtype], Kernel] = {}
 
 
 def _kernel(name: str, features: int, dtype: torch.dtype) -> Kernel:
-    key = (name, -(-features // 32), dtype)
+    key = (name, features, dtype)
     if (made := _kernels.get(key)) is None:
         made = _module(features, dtype).kernel(name, args=_ARGUMENTS[name], block=_THREADS)
         made = _kernels.setdefault(key, made)
@@ -45,6 +47,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
+def _wide(x: Tensor) -> bool:
+    """Whether 16-byte loads fit the rows of x (B, L, H, S)."""
+    return x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in x.stride()[:3])
+
+
 def softmax_features(x: Tensor, live: Tensor | None) -> Tensor:
     """Softmax over S of x (B, L, H, S), zero where live (B, L) is false."""
     if not x.is_cuda:
@@ -57,14 +64,14 @@ def softmax_features(x: Tensor, live: Tensor | None) -> Tensor:
         x.get_device(),
         -(-batch * length * heads // 8),
         *(x.data_ptr(), out.data_ptr(), _pointer(live), *x.stride()[:3], batch, length, heads, features),
+        _wide(x),
     )
     return out
 
 
 def softmax_features_backward(x: Tensor, grad: Tensor, live: Tensor | None) -> Tensor:
-    """d loss / d x from the gradient float32 of softmax_features, (B, L, H, S) or in two parts (B, L, H, 2 S)."""
+    """d loss / d x from the gradient of softmax_features, (B, L, H, S) float32."""
     if not x.is_cuda:
-        grad = grad.unflatten(-1, (-1, x.shape[-1])).sum(-2)
         q = torch.softmax(x.float(), -1)
         dx = q * (grad - (q * grad).sum(-1, keepdim=True))
         return (dx if live is None else dx * live[..., None, None]).to(x.dtype)
@@ -81,7 +88,7 @@ def softmax_both_backward(
 ) -> Tensor:
     """d loss / d x (B, L, H, S) of both softmaxes of a chunk's keys.
 
-    over_features is the gradient of softmax_features, over_time two parts of that of softmax_time's weights, all
+    over_features is the gradient of the answers of softmax_keys, over_time two parts of that of its weights, all
     (B, L, H, S) float32; column (B, H, N, S) is dlam less the sum over time of weights times their gradient.
     """
     if not x.is_cuda:
@@ -112,29 +119,40 @@ def _softmax_backward(
     _kernel("softmax_backward", features, x.dtype).launch(
         x.get_device(),
         -(-batch * length * heads // 8),
-        *(*pointers, *x.stride()[:3], batch, length, heads, features, chunk, dq.shape[3] // features),
+        *(*pointers, *x.stride()[:3], batch, length, heads, features, chunk, _wide(x)),
     )
     return dx
 
 
-def softmax_time(x: Tensor, chunks: int, first: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax over the rows of each of N chunks from first (B, N) on: weights like x, lam (B, H, N, S) float32."""
+def softmax_keys(
+    x: Tensor, chunks: int, first: Tensor | None, lam: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both softmaxes of x (B, L, H, S), of its dtype, and lam: weights, answers, lam.
+
+    weights = exp(x - lam) over the rows of each of N chunks, zero before first (B, N), with lam (B, H, N, S) their
+    logsumexp in float32, computed where it is not given; answers is the softmax over S.
+    """
     batch, length, heads, features = x.shape
     chunk = length // chunks
     if not x.is_cuda:
         keys = x.float().masked_fill(~_used(first, chunks, chunk, x), NOTHING).unflatten(1, (chunks, chunk))
-        lam = keys.logsumexp(2).transpose(1, 2).contiguous()
-        return keys.softmax(2).flatten(1, 2).to(x.dtype), lam
+        lam = keys.logsumexp(2).transpose(1, 2).contiguous() if lam is None else lam
+        weights = torch.exp(keys - lam.transpose(1, 2)[:, :, None]).flatten(1, 2)
+        return weights.to(x.dtype), torch.softmax(x.float(), -1).to(x.dtype), lam
     x = _rows(x)
-    w = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    lam = torch.empty((batch, heads, chunks, features), dtype=torch.float32, device=x.device)
-    _kernel("softmax_time", features, x.dtype).launch(
-        x.get_device(),
-        (-(-features // 32), chunks * heads, batch),
-        *(x.data_ptr(), w.data_ptr(), lam.data_ptr(), _pointer(first)),
-        *(*x.stride()[:3], chunks, heads, features, chunk),
-    )
-    return w, lam
+    weights, answers = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    grid = (-(-chunk // _SLAB), chunks * heads, batch)
+    layout = (*x.stride()[:3], chunks, heads, features, chunk, _wide(x))
+    partial = None
+    if lam is None:
+        lam = torch.empty((batch, heads, chunks, features), dtype=torch.float32, device=x.device)
+        partial = torch.empty((*lam.shape[:3], grid[0], 2, -(-features // 32) * 32), device=x.device)
+        _kernel("time_sums", features, x.dtype).launch(
+            x.get_device(), grid, x.data_ptr(), partial.data_ptr(), _pointer(first), *layout
+        )
+    pointers = map(_pointer, (x, partial, lam, weights, answers, first))
+    _kernel("softmax_keys", features, x.dtype).launch(x.get_device(), grid, *pointers, *layout)
+    return weights, answers, lam
 
 
 def _used(first: Tensor | None, chunks: int, chunk: int, x: Tensor) -> Tensor:
@@ -169,14 +187,14 @@ def shares(lam: Tensor, keep: Tensor, logz: Tensor) -> tuple[Tensor, Tensor]:
     return rho, last
 
 
-def shares_backward(drho: Tensor, dlast: Tensor | None, rho: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """dlam (B, H, F, S) and dlogz (B, H, S)."""
+def shares_backward(turn: Tensor, dlast: Tensor | None, rho: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """dlam (B, H, F, S) and dlogz (B, H, S) from turn = rho * d loss / d rho."""
     batch, heads, folds, features = rho.shape
     if not rho.is_cuda:
         g = rho.new_zeros((batch, heads, features)) if dlast is None else dlast
         parts = []
         for f in reversed(range(folds)):
-            r, d = rho[:, :, f], drho[:, :, f] * rho[:, :, f]
+            r, d = rho[:, :, f], turn[:, :, f]
             parts.append(d + (g - d) * r)
             g = (g - d) * (1 - r) * keep[:, f, None, None]
         return torch.stack(parts[::-1], 2) if parts else torch.empty_like(rho), g
@@ -185,37 +203,46 @@ def shares_backward(drho: Tensor, dlast: Tensor | None, rho: Tensor, keep: Tenso
     _kernel("shares_backward", features, torch.float32).launch(
         rho.get_device(),
         -(-dlogz.numel() // _THREADS),
-        *map(_pointer, (drho, dlast, rho, keep, dlam, dlogz)),
+        *map(_pointer, (turn, dlast, rho, keep, dlam, dlogz)),
         *(batch * heads, folds, features, heads),
     )
     return dlam, dlogz
 
 
-def split(x: Tensor) -> Tensor:
-    """x (..., S, E) contiguous float32 as (..., 2 S, E) bfloat16: rounded values, then the rounded rests."""
-    out = torch.empty((*x.shape[:-2], 2 * x.shape[-2], x.shape[-1]), dtype=torch.bfloat16, device=x.device)
-    if not x.is_cuda:
-        high = x.to(out.dtype)
-        return torch.cat((high, (x - high).to(out.dtype)), -2)
-    _kernel("split", 32, torch.float32).launch(
-        x.get_device(), -(-x.numel() // 1024), x.data_ptr(), out.data_ptr(), x.numel(), x.shape[-2] * x.shape[-1]
+def narrow_tables(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., S, E) contiguous float32 in bfloat16: as it is, and less its mean over S."""
+    if not x.is_cuda or x.shape[-1] % 2:
+        return x.to(torch.bfloat16), (x - x.mean(-2, keepdim=True)).to(torch.bfloat16)
+    plain, centred = (torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for _ in range(2))
+    rows, width = x.shape[-2:]
+    _kernel("narrow_tables", 32, torch.float32).launch(
+        x.get_device(),
+        (-(-width // 64), x.shape[:-2].numel()),
+        *(x.data_ptr(), plain.data_ptr(), centred.data_ptr(), rows, width),
     )
-    return out
+    return plain, centred
 
 
-def row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sums over the last dimension of a * b (B, H, N, R, columns) float32, dense but for gaps between the heads."""
+def row_dot(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sums over the last dimension of a * b (B, H, N, R, columns), and a in dtype, whose rounded values it sums.
+
+    Both float32, dense but for gaps between the heads.
+    """
     if not a.is_cuda or a.numel() == 0:
-        return (a * b).sum(-1)
+        narrow = a.to(dtype)
+        return (narrow.float() * b).sum(-1), narrow
     out = torch.empty(a.shape[:-1], dtype=torch.float32, device=a.device)
     a, b = (x if dense_heads(x) else x.contiguous() for x in (a, b))
+    narrow = a if dtype == a.dtype else torch.empty(a.shape, dtype=dtype, device=a.device)
     inner, columns = a.shape[2] * a.shape[3], a.shape[4]
     _kernel("row_dot", 32, torch.float32).launch(
         a.get_device(),
         -(-out.numel() // 8),
-        *(a.data_ptr(), b.data_ptr(), out.data_ptr(), a.stride(1), b.stride(1), out.numel(), inner, columns),
+        *(a.data_ptr(), b.data_ptr(), out.data_ptr(), 0 if narrow is a else narrow.data_ptr()),
+        *(a.stride(1), b.stride(1), out.numel(), inner, columns),
+        all(x.data_ptr() % 16 == 0 and x.stride(1) % 4 == 0 for x in (a, b)) and columns % 4 == 0,
     )
-    return out
+    return out, narrow
 
 
 def dense_heads(x: Tensor) -> bool:

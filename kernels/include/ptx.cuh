@@ -103,6 +103,13 @@ template <int W> DEVICE void store(bf16* to, const float (&from)[W]) {
     }
 }
 
+// 2^x to 2^-22, results below 2^-126 as zero; exp2f keeps those, at three more instructions.
+DEVICE float exp2_ftz(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // ---- reductions ----
 
 // The sum over a group of `Width` neighbouring lanes, in every lane of it.

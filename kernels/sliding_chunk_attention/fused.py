@@ -3,7 +3,7 @@
 `q` (B, L, H, S) are the last L rows of the timeline of k (B, T, H, S) and v (B, T, H, E), whose first key lies on a
 chunk boundary. Logits and their gradients are float32 and live for one strip; weights are in the dtype of the inputs
 and live for one group. A group is some heads and rows, so that scratch stays below BUDGET bytes; only the
-log-sum-exp (B, H, L) outlives the forward.
+log-sum-exp (B, H, L) outlives the forward. On sm_90a the kernels of tiles.py make the weights without strips.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from ..products import product
 from . import rows, tiles
 from .plan import Band, Rectangle, key_strips, row_strips, strip_length, window
 
-BUDGET = 540_000_000
+BUDGET = 270_000_000
 
 _library = torch.library.Library("gecko_lab", "FRAGMENT")
 _library.define(
@@ -39,6 +39,10 @@ class Group:
     h: int
     heads: int
     band: Band
+
+    @property
+    def strips(self) -> tuple[Rectangle, ...]:
+        return row_strips(self.band.first, self.band.end, self.band.chunk)
 
     def of(self, x: Tensor) -> Tensor:
         return x[self.b : self.b + self.batch, :, self.h : self.h + self.heads]
@@ -63,21 +67,31 @@ def groups(q: Tensor, k: Tensor, chunk: int, bands: int, strips: bool = True) ->
 
 
 class _Scratch:
-    """Float32 strips, allocated once a group."""
+    """Memory of the largest group, taken again by each: `bands` matrices of weights, then `strips` in float32."""
 
-    def __init__(self, group: Group, strips: tuple[Rectangle, ...], like: Tensor) -> None:
-        self.group = group
-        most = max(r.count * r.rows * (-(-r.keys // 4) * 4) for r in strips)
-        self.buffer = torch.empty(group.batch * group.heads * most, dtype=torch.float32, device=like.device)
+    def __init__(self, found: list[Group], like: Tensor, bands: int, strips: int) -> None:
+        def empty(size: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=like.device)
 
-    def view(self, r: Rectangle) -> Tensor:
-        """(gB, gH, count, rows, keys) in rows of a multiple of 4, uninitialised."""
-        shape = (self.group.batch, self.group.heads, r.count, r.rows, -(-r.keys // 4) * 4)
-        return self.buffer[: torch.Size(shape).numel()].view(shape)
+        items = [group.batch * group.heads for group in found]
+        most = max(n * group.band.numel for n, group in zip(items, found))
+        self.bands = [empty(most, like.dtype) for _ in range(bands)]
+        most = max(n * r.count * r.rows * _round(r.keys) for n, group in zip(items, found) for r in group.strips)
+        self.strips = [empty(most, torch.float32) for _ in range(strips)]
+
+    def band(self, group: Group) -> list[Tensor]:
+        """(gB, gH, numel) each, uninitialised."""
+        shape = (group.batch, group.heads, group.band.numel)
+        return [x[: torch.Size(shape).numel()].view(shape) for x in self.bands]
+
+    def strip(self, group: Group, r: Rectangle) -> list[Tensor]:
+        """(gB, gH, count, rows, keys) each in rows of a multiple of 4, uninitialised."""
+        shape = (group.batch, group.heads, r.count, r.rows, _round(r.keys))
+        return [x[: torch.Size(shape).numel()].view(shape) for x in self.strips]
 
 
-def _band(group: Group, like: Tensor) -> Tensor:
-    return torch.empty((group.batch, group.heads, group.band.numel), dtype=like.dtype, device=like.device)
+def _round(keys: int) -> int:
+    return -(-keys // 4) * 4
 
 
 def _into(scratch: Tensor, r: Rectangle, a: Tensor, b: Tensor) -> None:
@@ -97,17 +111,25 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     (batch, length, heads, _), total = q.shape, k.shape[1]
     y = torch.empty((batch, length, heads, v.shape[3]), dtype=v.dtype, device=v.device)
-    lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
     at = rows.Rows(starts, seed, dropout, chunk, length, total, heads)
     queries, keys = _windows(total - length, chunk)
-    for group in groups(q, k, chunk, 1):
-        strips = row_strips(group.band.first, group.band.end, chunk)
-        weights, scratch = _band(group, q), _Scratch(group, strips, q)
+    by_tiles = tiles.serves(q, k, v, chunk)
+    if by_tiles:
+        lse = tiles.row_norms(q, k, at)
+    else:
+        lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
+    found = list(groups(q, k, chunk, 1, not by_tiles))
+    scratch = _Scratch(found, q, 1, 0 if by_tiles else 1)
+    for group in found:
+        (weights,) = scratch.band(group)
         gq, gk, gv, gy = (group.of(x) for x in (q, k, v, y))
-        for r in strips:
-            scores = scratch.view(r)
-            _into(scores, r, queries(gq, r), keys(gk, r))
-            rows.softmax_rows(scores, weights, lse, at, r, group.band, group.b, group.h)
+        if by_tiles:
+            tiles.weights(q, k, weights, lse, at, group.band, group.b, group.h)
+        for r in group.strips:
+            if not by_tiles:
+                (scores,) = scratch.strip(group, r)
+                _into(scores, r, queries(gq, r), keys(gk, r))
+                rows.softmax_rows(scores, weights, lse, at, r, group.band, group.b, group.h)
             product(queries(gy, r), group.band.view(weights, r), keys(gv, r))
     return y, lse
 
@@ -129,23 +151,22 @@ def _backward(
     at = rows.Rows(starts, seed, dropout, chunk, length, total, heads)
     queries, keys = _windows(total - length, chunk)
     delta = tiles.row_products(dy, y) if y is not None else None
-    for group in groups(q, k, chunk, 2, delta is None):
+    found = list(groups(q, k, chunk, 2, delta is None))
+    scratch = _Scratch(found, q, 2, 2 if delta is None else 0)
+    for group in found:
         band = group.band
-        strips = row_strips(band.first, band.end, chunk)
-        weights, dscores = _band(group, q), _band(group, q)
+        weights, dscores = scratch.band(group)
         gdy, gq, gk, gv, gdq, gdk, gdv = (group.of(x) for x in (dy, q, k, v, dq, dk, dv))
         if delta is not None:
             tensors = q, k, dy, v
             tiles.weights_and_gradient(tensors, weights, dscores, (lse, delta), at, band, group.b, group.h)
         else:
-            left, right = _Scratch(group, strips, q), _Scratch(group, strips, q)
-            for r in strips:
-                scores, dweights = left.view(r), right.view(r)
+            for r in group.strips:
+                scores, dweights = scratch.strip(group, r)
                 _into(scores, r, queries(gq, r), keys(gk, r))
                 _into(dweights, r, queries(gdy, r), keys(gv, r))
                 rows.softmax_rows_backward(scores, dweights, weights, dscores, lse, at, r, band, group.b, group.h)
-            del left, right, scores, dweights
-        for r in strips:
+        for r in group.strips:
             product(queries(gdq, r), band.view(dscores, r), keys(gk, r))
         started = (
             band.first if band.first > total - length else 0

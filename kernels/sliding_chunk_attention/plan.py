@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-STRIPS = 4
+STRIPS = 2
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Rectangle:
 
 
 def strip_length(chunk: int) -> int:
-    """Rows of a strip: a quarter of a chunk, in multiples of 8; small chunks are not cut."""
+    """Rows of a strip: half a chunk, in multiples of 8; small chunks are not cut."""
     return chunk if chunk < 128 else -(-chunk // (8 * STRIPS)) * 8
 
 

@@ -52,6 +52,15 @@ def test_pieces_are_the_whole(cuts: list[int], packed: bool, dtype: torch.dtype)
     compare(adaptive_working_memory, reference, x, cuts, segments, chunk=64)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("cuts", [[768, 256, 300], [256, 1100], [100, 924, 300]], ids=str)
+def test_pieces_in_tiles(cuts: list[int], packed: bool) -> None:
+    """Heads that the tile kernels of sm_90a take, from a whole chunk, from inside one, and where they do not."""
+    x = inputs(2, sum(cuts), 2, 256, 128, torch.bfloat16)
+    segments = documents(2, sum(cuts), [5, 255, 256, 511, 800]) if packed else None
+    compare(adaptive_working_memory, reference, x, cuts, segments, chunk=512)
+
+
 @pytest.mark.parametrize("features", [32, 64, 128, 256])
 @pytest.mark.parametrize(("heads", "width"), [(2, 96), (8, 1024)])
 def test_the_chain(features: int, heads: int, width: int) -> None:
@@ -62,16 +71,19 @@ def test_the_chain(features: int, heads: int, width: int) -> None:
     keep = torch.tensor([[1.0, 1, 0, 1, 1], [1, 1, 1, 1, 0]], device="cuda")
     tables = torch.randn(2, heads, 6, features, width, device="cuda")
     target = torch.randn_like(tables)
-    for ahead in (True, False):
-        results = []
-        for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float32, torch.float64)):
-            out, *given = (t.to(wide) for t in (tables.clone(), mix[:, :, :5], target[:, :, :5], rho, keep))
-            if ahead:
-                chain.forward(out, *given, dtype)
-            else:
-                chain.backward(out, given[0], *given[2:], dtype)
-            results.append(out)
-        assert relative(*results) < 1e-3
+    grad = torch.randn_like(tables)
+    forward, backward = [], []
+    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float32, torch.float64)):
+        m, t, g, r, k = (x.to(wide).clone() for x in (mix[:, :, :5], tables, grad, rho, keep))
+        narrow = chain.forward(t, m, target[:, :, :5].to(wide), r, k, dtype)
+        assert relative(narrow, t.to(narrow.dtype)) == 0
+        forward.append(t)
+        narrow, turn = chain.backward(g, t, m, r, k, dtype)
+        assert relative(narrow, g[:, :, 1:].to(narrow.dtype)) == 0
+        backward.append((g, turn))
+    assert relative(*forward) < 1e-3
+    for a, b in zip(*backward):
+        assert relative(a, b) < 1e-3
 
 
 def test_long_streams_stay_exact() -> None:

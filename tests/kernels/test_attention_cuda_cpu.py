@@ -157,7 +157,7 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(ops.sliding_chunk_attention_backward.default, (dy, q, k, v, None, lse, starts, None, 16, 0.0))
     lam, mix, target = ops.memory_sums(k[:, :32], v[:, :32], None, 2)
     torch.library.opcheck(ops.memory_sums.default, (k[:, :32], v[:, :32], None, 2))
-    sums = (k[:, :32], v[:, :32], mix, target, None)
+    sums = (k[:, :32], v[:, :32], lam, mix, target, None)
     torch.library.opcheck(ops.memory_sums_backward.default, (lam, mix, target, *sums))
     keep, live = torch.ones(2, 2), torch.ones(2, 40, dtype=torch.bool)
     given = (q, lam, mix, target, keep, None, None, live, 16, 0, 1)
@@ -165,7 +165,7 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(ops.memory_table.default, given)
     torch.library.opcheck(
         ops.memory_table_backward.default,
-        (dy, None, None, q, mix, target, keep, rho, tables, live, 16, 0, 1),
+        (dy, None, None, q, mix, keep, rho, tables, live, 16, 0, 1),
     )
 
 
