@@ -59,7 +59,8 @@ def use(mode: str) -> Iterator[None]:
 
 
 @torch._dynamo.assume_constant_result
-def _load(op: str) -> ModuleType | str:
+def load(op: str) -> ModuleType | str:
+    """``kernels/op/cuda.py``, or the reason why there is none."""
     if op not in _modules:
         try:
             _modules[op] = importlib.import_module(f"{__package__}.{op}.cuda")
@@ -87,7 +88,7 @@ def dispatch(op: str, reference: Callable[..., T], x: Tensor, *args: object, **k
     """
     if x.is_cuda and _mode != "reference":
         name = reference.__name__
-        module = _modules.get(op) or _load(op)
+        module = _modules.get(op) or load(op)
         if isinstance(module, str):
             reason: str | None = module
         else:

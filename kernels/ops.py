@@ -15,6 +15,7 @@ from .adaptive_working_memory import reference as _adaptive_working_memory
 from .adaptive_working_memory.reference import state_from_chunk as memory_state
 from .backend import dispatch
 from .complex_ema import reference as _complex_ema
+from .cross_entropy import reference as _cross_entropy
 from .gates import reference as _gates
 from .row_norm import reference as _row_norm
 from .sliding_chunk_attention import reference as _sliding_chunk_attention
@@ -26,6 +27,8 @@ from .z_views import reference as _z_views
 __all__ = [
     "adaptive_working_memory",
     "complex_ema",
+    "cross_entropy",
+    "cross_entropy_gradient",
     "gate",
     "layer_norm",
     "memory_state",
@@ -186,14 +189,15 @@ def z_views(
     )
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, rope_heads: int) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, rope_heads: int, scale: float = 1.0) -> Tensor:
     """Turn the pairs (2j, 2j+1) of x (B, L, H, S) counter-clockwise on the first ``rope_heads`` heads (spec 4.1).
 
-    cos, sin (L, S/2) float32 of the angles. Returns y like x. Raises ValueError for sizes that do not fit.
+    cos, sin (L, S/2) float32 of the angles; all heads are multiplied by scale. Returns y like x. Raises ValueError for
+    sizes that do not fit.
     """
     checks.shape("x", x, (None, None, None, None), "(B, L, H, S)")
     checks.rope(cos, sin, x.shape[1], x.shape[3], x.shape[2], rope_heads)
-    return _z_views.rotate(x, cos, sin, rope_heads)
+    return dispatch("z_views", _z_views.rotate, x, cos, sin, rope_heads, scale)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -293,3 +297,25 @@ def adaptive_working_memory(
         state=state,
         lag=lag,
     )
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """losses (R,) = lse - logits[target] and lse (R,), the log-sum-exp, of each row of logits (R, V); in nats.
+
+    targets (R,) int64. Both results are float32 (float64 for float64 logits); no gradient flows through them, see
+    ``cross_entropy_gradient``. Raises ValueError for sizes that do not fit.
+    """
+    checks.shape("logits", logits, (None, None), "(R, V)")
+    checks.shape("targets", targets, (len(logits),), "(R,)")
+    return dispatch("cross_entropy", _cross_entropy.cross_entropy, logits, targets)
+
+
+def cross_entropy_gradient(logits: Tensor, targets: Tensor, lse: Tensor, dlosses: Tensor) -> Tensor:
+    """logits (R, V) overwritten by their gradient, (exp(logits - lse) - [column is the target]) dlosses, and returned.
+
+    targets, lse and dlosses (R,), lse from ``cross_entropy``. Raises ValueError for sizes that do not fit.
+    """
+    checks.shape("logits", logits, (None, None), "(R, V)")
+    for name, x in (("targets", targets), ("lse", lse), ("dlosses", dlosses)):
+        checks.shape(name, x, (len(logits),), "(R,)")
+    return dispatch("cross_entropy", _cross_entropy.cross_entropy_gradient, logits, targets, lse, dlosses)

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import ops
+from ...kernels import backend, ops
 from ..documents import Documents
 from ..registry import Shape
 from ..rotary import tables
+from . import packed
+from .buffer import KeyValues
 
 
 class Attention(nn.Module):
@@ -65,12 +67,25 @@ class Attention(nn.Module):
         raise NotImplementedError
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, state: Any = None,
-                ) -> tuple[Tensor, Any]:
-        """Rotate q and k, then attend."""
+                *, scale: float = 1.0) -> tuple[Tensor, Any]:
+        """Rotate q, times scale, and k, then attend."""
         if self.rope_heads:
             cos, sin = tables(self.position(state), q.shape[1], self.head_dim, self.rope_base, q.device)
-            q, k = (ops.rotate(x, cos, sin, self.rope_heads) for x in (q, k))
+            q, k = (ops.rotate(x, cos, sin, self.rope_heads, s) for x, s in ((q, scale), (k, 1.0)))
+        elif scale != 1.0:
+            q = q * scale
         return self.attend(q, k, v, documents, state)
+
+    def flash(self, q: Tensor, keys: KeyValues) -> bool:
+        """Whether `packed.attend` can serve this call; where it cannot on a GPU, say why."""
+        if not q.is_cuda or backend.get_mode() == "reference":
+            return False
+        reason = packed.unsupported(q, keys.v)
+        if self.training and self.drop:
+            reason = f"attention_dropout={self.drop:g} needs a mask"
+        if reason is not None:
+            backend.note(f"{type(self).__name__} under a mask", reason)
+        return reason is None
 
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, *, causal: bool = False) -> Tensor:
         """softmax(q k^T) v for q (A, Q, H, S), k (A, K, H, S), v (A, K, H, E) -> (A, Q, H, E).

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..documents import Documents
 from ..registry import ATTENTION, Shape, option
+from . import packed
 from .base import Attention
 from .buffer import KeyValues, extend, same_document
 
@@ -36,7 +37,9 @@ class ChunkAttention(Attention):
         length, size = q.shape[1], self.chunk
         held = extend(state, k, v, documents)
         open_keys = held.length - length
-        if held.length <= size:  # within one chunk, a single new token above all: no padding
+        if held.segments is not None and self.flash(q, held):
+            y = packed.attend(q, held, chunk=size)
+        elif held.length <= size:  # within one chunk, a single new token above all: no padding
             y = self._within(q, held)
         else:
             after = -held.length % size
@@ -47,8 +50,8 @@ class ChunkAttention(Attention):
 
     def _within(self, q: Tensor, keys: KeyValues) -> Tensor:
         length, total = q.shape[1], keys.length
-        if length == total and keys.segments is None:
-            return self.softmax(q, keys.k, keys.v, None, causal=True)
+        if keys.segments is None and length in (1, total):
+            return self.softmax(q, keys.k, keys.v, None, causal=length > 1)
         visible = q.new_ones(length, total, dtype=torch.bool).tril(total - length)[None, None]
         if keys.segments is not None:
             visible = visible & same_document(keys.segments[:, total - length :], keys.segments)

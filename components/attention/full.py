@@ -9,14 +9,15 @@ from torch import Tensor
 
 from ..documents import Documents
 from ..registry import ATTENTION, Shape, option
+from . import packed
 from .base import Attention
 from .buffer import KeyValues, extend, same_document
 
 
 @ATTENTION.register("full")
 class FullAttention(Attention):
-    """State: all keys and values. The scores of L queries and K keys are L K numbers wherever documents are told apart
-    or the device has no flash attention."""
+    """State: all keys and values. Memory is linear in L where flash attention serves: a GPU, bfloat16, heads of at most
+    256 features, no DropKey. Elsewhere the scores of L queries and K keys are L K numbers."""
 
     constant_state = False
 
@@ -39,6 +40,10 @@ class FullAttention(Attention):
         length, total = q.shape[1], held.length
         if held.segments is None and length == total:
             return self.softmax(q, held.k, held.v, None, causal=True), held
+        if held.segments is None and length == 1:  # generation: every key is seen
+            return self.softmax(q, held.k, held.v, None), held
+        if self.flash(q, held):
+            return packed.attend(q, held), held
         visible = q.new_ones(length, total, dtype=torch.bool).tril(total - length)[None, None]
         if held.segments is not None:
             visible = visible & same_document(held.segments[:, total - length :], held.segments)

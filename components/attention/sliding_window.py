@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..documents import Documents
 from ..registry import ATTENTION, Shape, option
+from . import packed
 from .base import Attention
 from .buffer import KeyValues, extend, same_document
 
@@ -38,9 +39,18 @@ class SlidingWindowAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, state: KeyValues | None,
                ) -> tuple[Tensor, KeyValues]:
+        held = extend(state, k, v, documents)
+        if held.segments is None and q.shape[1] == 1:  # generation: every key that is held is seen
+            y = self.softmax(q, held.k, held.v, None)
+        elif self.flash(q, held):
+            y = packed.attend(q, held, window=self.window)
+        else:
+            y = self._blocks(q, held)
+        return y, held.last(self.window - 1)
+
+    def _blocks(self, q: Tensor, held: KeyValues) -> Tensor:
         """Queries in blocks of W, each against the keys of its own block and the one before: 2 L W scores, not L^2."""
         batch, length = q.shape[:2]
-        held = extend(state, k, v, documents)
         past, size = held.length - length, min(self.window, length)
         # Slots for W keys before the first query, then whole blocks; what is not a key yet is masked by its index.
         before, after = self.window - past, -length % size
@@ -62,5 +72,4 @@ class SlidingWindowAttention(Attention):
             segments = keys.segments[:, self.window :].unflatten(1, (-1, size)).flatten(0, 1)
             visible = visible & same_document(segments, bands(keys.segments))
         y = self.softmax(q, bands(keys.k), bands(keys.v), visible)
-        y = y.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :length]
-        return y, held.last(self.window - 1)
+        return y.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :length]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import ops
+from ...kernels.linear import add_linear, linears
 from ..documents import Documents
 from ..init import linear
 from ..norm import row_norm
@@ -58,18 +59,19 @@ class GeckoBlock(nn.Module):
         a, norm = self.timenorm(x, documents, before.norm)
         e, ema = self.cema(a, documents, before.ema)
         m = self._hide(self.rmsnorm.normalize(e))
+        z, r, h = linears(m, self.wz, self.wr, self.wh1)
 
         cos, sin = self.attention.tables(self.attention.position(before.attention), x.shape[1], x.device)
         q, k, *far_views = ops.z_views(
-            self.wz(m), self.gamma, self.beta, cos, sin,
+            z, self.gamma, self.beta, cos, sin,
             heads=shape.num_heads, rope_heads=self.attention.rope_heads, eps=shape.norm_eps,
         )
         v = heads(ops.silu(self.wv(a)), shape.num_heads)
         near, attention = self.attention.attend(q, k, v, documents, before.attention)
         aq, ak = far_views or (None, None)
         far, memory = self.memory(aq, ak, v, documents, before.memory)
-        u = ops.gate(near.flatten(2), self.wr(m), None if far is None else far.flatten(2))
-        y = x + F.dropout(self.wh1(m) + self.wh2(self._hide(u)), shape.dropout, self.training)
+        u = ops.gate(near.flatten(2), r, None if far is None else far.flatten(2))
+        y = x + F.dropout(add_linear(h, self._hide(u), self.wh2), shape.dropout, self.training)
 
         f, feedforward = self.nffn(y, documents, before.feedforward)
         return f + (x if self.two_hop else y), BlockState(norm, ema, attention, memory, feedforward)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.linear import linears
 from ..documents import Documents
 from ..init import linear
 from ..registry import BLOCK, Parts, Shape, option
@@ -42,8 +43,10 @@ class LlamaBlock(nn.Module):
         """x (B, L, D) -> (B, L, D) and the state."""
         before, shape = state or BlockState(), self.shape
         n, norm = self.norm(x, documents, before.norm)
-        q, k, v = (heads(w(n), shape.num_heads) for w in (self.wq, self.wk, self.wv))
-        u, attention = self.attention(q / math.sqrt(shape.head_dim), k, v, documents, before.attention)
+        q, k, v = (heads(w, shape.num_heads) for w in linears(n, self.wq, self.wk, self.wv))
+        u, attention = self.attention(
+            q, k, v, documents, before.attention, scale=1 / math.sqrt(shape.head_dim)
+        )
         y = x + F.dropout(self.wo(u.flatten(2)), shape.dropout, self.training)
         f, feedforward = self.feedforward(y, documents, before.feedforward)
         return y + f, BlockState(norm, None, attention, None, feedforward)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import ops
+from ...kernels.linear import add_linear, linears
 from ..documents import Documents
 from ..init import linear
 from ..registry import BLOCK, Parts, Shape, option
@@ -54,12 +55,15 @@ class MegaBlock(nn.Module):
         a, norm = self.norm(x, documents, before.norm)
         m, ema = self.ema(a, documents, before.ema)
         m = self._hide(m)
-        z = ops.silu(self.wz(m))
+        z, r, g, h = linears(m, self.wz, self.wr, self.wu, self.wh1)
+        z = ops.silu(z)
         q, k = (heads((z * self.gamma[i] + self.beta[i]).to(z.dtype), shape.num_heads) for i in (0, 1))
         v = heads(self._hide(ops.silu(self.wv(a))), shape.num_heads)
-        u, attention = self.attention(q / math.sqrt(shape.head_dim), k, v, documents, before.attention)
-        c = self._hide(ops.silu(self.wh1(m) + self.wh2(ops.gate(u.flatten(2), self.wr(m)))))
-        y = x + F.dropout(self.wu(m).sigmoid() * (c - x), shape.dropout, self.training)
+        u, attention = self.attention(
+            q, k, v, documents, before.attention, scale=1 / math.sqrt(shape.head_dim)
+        )
+        c = self._hide(ops.silu(add_linear(h, ops.gate(u.flatten(2), r), self.wh2)))
+        y = x + F.dropout(g.sigmoid() * (c - x), shape.dropout, self.training)
         f, feedforward = self.feedforward(y, documents, before.feedforward)
         return y + f, BlockState(norm, ema, attention, None, feedforward)
 

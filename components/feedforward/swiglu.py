@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import ops
+from ...kernels.linear import gated_feed_forward
 from ..documents import Documents
 from ..init import linear
 from ..norm import row_norm
@@ -35,7 +35,7 @@ class SwiGLU(nn.Module):
         self.dropout, self.hidden_dropout = shape.dropout, shape.hidden_dropout
 
     def forward(self, x: Tensor, documents: Documents | None = None, state: None = None) -> tuple[Tensor, None]:
-        n = self.norm.normalize(x)
-        f = F.dropout(ops.swiglu(self.fc1(n), self.fc3(n)), self.hidden_dropout, self.training)
-        y = F.dropout(self.fc2(f), self.dropout, self.training)
+        hidden_dropout = self.hidden_dropout if self.training else 0.0
+        y = gated_feed_forward(self.norm.normalize(x), self.fc1, self.fc3, self.fc2, hidden_dropout)
+        y = F.dropout(y, self.dropout, self.training)
         return (y if self.alpha is None else self.alpha * y), None

@@ -17,8 +17,9 @@ MODULE = Module(
         "forward<false, false>",
         "forward<true, false>",
         "forward<true, true>",
-        "backward<false>",
-        "backward<true>",
+        "backward<false, false>",
+        "backward<true, false>",
+        "backward<true, true>",
     ),
     defines={"ELEMENT": "bf16", "WIDTH": 8},
 )
@@ -36,9 +37,9 @@ _FORWARD = {
     for b, far in ((False, False), (True, False), (True, True))
 }
 _BACKWARD = {
-    (*key, b): module.kernel(f"backward<{str(b).lower()}>", args="PPPPPIIqq", block=THREADS)
+    (*key, b, again): module.kernel(f"backward<{b}, {again}>".lower(), args="PPPPPIIqq", block=THREADS)
     for key, module in _VARIANTS.items()
-    for b in (False, True)
+    for b, again in ((False, False), (True, False), (True, True))
 }
 
 
@@ -153,11 +154,11 @@ def _forward_cuda(a: Tensor, b: Tensor | None, far: Tensor | None) -> Tensor:
     return y
 
 
-def _backward_cuda(dy: Tensor, a: Tensor, b: Tensor | None) -> list[Tensor]:
+def _backward_cuda(dy: Tensor, a: Tensor, b: Tensor | None, again: bool = False) -> list[Tensor]:
     grads = [torch.empty(a.shape, dtype=a.dtype, device=a.device) for x in (a, b) if x is not None]
     if a.numel():
         layout = _Layout([x for x in (a, b) if x is not None], [dy])
-        _BACKWARD[a.dtype, layout.width, b is not None].launch(
+        _BACKWARD[a.dtype, layout.width, b is not None, again].launch(
             a.get_device(),
             layout.grid,
             grads[0].data_ptr(),
@@ -197,6 +198,19 @@ def _swiglu_backward_cuda(dy: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Ten
     return da, db
 
 
+def _swiglu_again_cpu(dy: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    gradients = _swiglu_backward_cpu(dy, a, b)
+    dy.copy_(reference.swiglu(a, b))
+    return gradients
+
+
+def _swiglu_again_cuda(dy: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    if not dy.is_contiguous():
+        raise ValueError(f"dy has strides {dy.stride()}; it is overwritten and must be contiguous")
+    da, db = _backward_cuda(dy, a, b, again=True)
+    return da, db
+
+
 def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -209,6 +223,8 @@ for _schema, _cuda, _cpu, _fake in (
      lambda dy, x: _like(x)),
     ("swiglu(Tensor a, Tensor b, Tensor? far) -> Tensor", _forward_cuda, _swiglu_cpu, lambda a, b, far: _like(a)),
     ("swiglu_backward(Tensor dy, Tensor a, Tensor b) -> (Tensor, Tensor)", _swiglu_backward_cuda, _swiglu_backward_cpu,
+     lambda dy, a, b: (_like(a), _like(b))),
+    ("swiglu_again(Tensor(a!) dy, Tensor a, Tensor b) -> (Tensor, Tensor)", _swiglu_again_cuda, _swiglu_again_cpu,
      lambda dy, a, b: (_like(a), _like(b))),
 ):  # fmt: skip
     _name = _schema.split("(")[0]

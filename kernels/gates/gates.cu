@@ -49,8 +49,9 @@ __global__ void __launch_bounds__(256) forward(T* y, const T* a, const T* b, con
     }
 }
 
-template <bool HAS_B>
-__global__ void __launch_bounds__(256) backward(T* da, T* db, const T* dy, const T* a, const T* b, uint32_t count,
+// With AGAIN the value y replaces its gradient in dy: cheaper than to have kept it.
+template <bool HAS_B, bool AGAIN>
+__global__ void __launch_bounds__(256) backward(T* da, T* db, T* dy, const T* a, const T* b, uint32_t count,
                                                 uint32_t columns, int64_t a_stride, int64_t b_stride) {
     const uint32_t first = blockIdx.x * (blockDim.x * UNROLL) + threadIdx.x;
     float g[UNROLL][W], xa[UNROLL][W], xb[UNROLL][W];
@@ -74,14 +75,17 @@ __global__ void __launch_bounds__(256) backward(T* da, T* db, const T* dy, const
                 const float s = sigmoid(xa[u][w]), silu = xa[u][w] * s;
                 const float slope = s + silu * (1.f - s);
                 if constexpr (HAS_B) {
+                    const float y = silu * xb[u][w];
                     xa[u][w] = g[u][w] * xb[u][w] * slope;
                     xb[u][w] = g[u][w] * silu;
+                    g[u][w] = y;
                 } else {
                     xa[u][w] = g[u][w] * slope;
                 }
             }
             store(da + at, xa[u]);
             if constexpr (HAS_B) store(db + at, xb[u]);
+            if constexpr (AGAIN) store(dy + at, g[u]);
         }
     }
 }

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..runtime import Kernel, Module
 from . import reference
+from . import rotate as turning
 
 MODULE = Module(
     __file__,
@@ -17,7 +19,8 @@ MODULE = Module(
     kernels=("forward", "backward", "reduce"),
     defines={"ELEMENT": "bf16", "PARAMETER": "float", "HEAD": 256, "VIEWS": 4, "WIDTH": 8, "LANES": 32},
 )
-KERNELS = (MODULE, MODULE.specialise(PARAMETER="bf16"), MODULE.specialise(ELEMENT="float"))
+KERNELS = (MODULE, MODULE.specialise(PARAMETER="bf16"), MODULE.specialise(ELEMENT="float"), *turning.KERNELS)
+rotate, unsupported_rotate = turning.rotate, turning.unsupported
 THREADS, REDUCE_COLUMNS, REDUCE_SLICES = 128, 32, 16
 BLOCKS_PER_SM = {"forward": 4, "backward": 3}  # about what the registers let one multiprocessor hold
 _TYPES = {torch.bfloat16: "bf16", torch.float32: "float"}
@@ -90,7 +93,7 @@ class _ZViews(torch.autograd.Function):
         return (*grads, None, None, None, None, None, None)
 
 
-def examples() -> Iterator[tuple[str, tuple[Tensor, ...], dict[str, int]]]:
+def examples() -> Iterator[tuple[str, tuple[Tensor, ...], dict[str, Any]]]:
     """Calls for `python -m gecko_lab.kernels check`."""
     random = torch.Generator().manual_seed(2)
     for heads, size in ((2, 256), (3, 64)):
@@ -100,6 +103,9 @@ def examples() -> Iterator[tuple[str, tuple[Tensor, ...], dict[str, int]]]:
             (z, *0.2 * torch.randn(2, 4, heads * size, generator=random)),
             {"heads": heads},
         )
+        angles = torch.arange(67)[:, None] * torch.rand(size // 2, generator=random)
+        turn = {"cos": angles.cos(), "sin": angles.sin(), "rope_heads": heads - 1, "scale": 0.5}
+        yield f"rotate: {heads} x {size}", (z.unflatten(-1, (heads, size)),), turn
 
 
 @lru_cache(maxsize=256)

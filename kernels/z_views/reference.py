@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, rope_heads: int) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, rope_heads: int, scale: float = 1.0) -> Tensor:
     if rope_heads == 0:
-        return x
+        return x if scale == 1.0 else x * scale
     acc = torch.promote_types(x.dtype, torch.float32)
     even, odd = x[:, :, :rope_heads].to(acc).unflatten(-1, (-1, 2)).unbind(-1)
-    c, s = cos.to(acc)[..., None, :], sin.to(acc)[..., None, :]
+    c, s = scale * cos.to(acc)[..., None, :], scale * sin.to(acc)[..., None, :]
     turned = torch.stack([even * c - odd * s, even * s + odd * c], -1).flatten(-2).to(x.dtype)
-    return torch.cat([turned, x[:, :, rope_heads:]], 2)
+    if rope_heads == x.shape[2]:
+        return turned
+    rest = x[:, :, rope_heads:]
+    return torch.cat([turned, rest if scale == 1.0 else rest * scale], 2)
 
 
 def z_views(
