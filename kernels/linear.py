@@ -1,6 +1,6 @@
 """Linear layers that share an input or a sum, so that what autograd would add in passes of its own is added inside the
-matrix products: `linears` the gradients of one input, `add_linear` a second product, `gated_feed_forward` both, which
-also keeps silu(a) b only as a and b.
+matrix products or passes that there are anyway: `linears` the gradients of one input, `add_linear` a second product,
+`silu_linear` the gradients of two readers and of the bias, `gated_feed_forward` keeps silu(a) b only as a and b.
 
 Without a GPU, under torch.compile (which fuses additions itself) and in the mode `reference` they are what their
 docstrings say, in plain PyTorch. All follow autocast as `torch.nn.functional.linear` does.
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from . import backend, ops
 
-__all__ = ["accumulate", "add_linear", "gated_feed_forward", "linears"]
+__all__ = ["accumulate", "add_linear", "gated_feed_forward", "linears", "silu_linear"]
 
 
 def linears(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
@@ -27,6 +27,17 @@ def linears(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     x, *tensors = _cast(x, *(t for layer in layers for t in (layer.weight, layer.bias)))
     found: tuple[Tensor, ...] = _Linears.apply(x, *tensors)
     return found
+
+
+def silu_linear(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """silu(layer(x)) twice, for two readers: x (..., K) -> two tensors (..., N), which may share memory."""
+    if not _plain(x) and layer.bias is not None:
+        values, weight, bias = _cast(x, layer.weight, layer.bias)
+        if values.dtype in (torch.bfloat16, torch.float32):
+            pair: tuple[Tensor, Tensor] = _SiluLinear.apply(values, weight, bias)
+            return pair
+    y = ops.silu(layer(x))
+    return y, y
 
 
 def add_linear(h: Tensor, u: Tensor, layer: nn.Linear) -> Tensor:
@@ -114,6 +125,29 @@ class _Linears(torch.autograd.Function):
             gradients.append(rows.T @ _rows(x) if wanted[1 + 2 * i] else None)
             gradients.append(rows.sum(0) if wanted[2 + 2 * i] else None)
         return None if dx is None else dx.view(x.shape), *gradients
+
+
+class _SiluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        p = F.linear(x, weight, bias)
+        ctx.save_for_backward(x, weight, p)
+        ctx.set_materialize_grads(False)
+        ctx.type = bias.dtype
+        y = torch.ops.gecko_lab.silu(p)
+        return y, y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, p = ctx.saved_tensors
+        first, second = sorted(dys, key=lambda dy: dy is None)
+        if first is None:
+            return None, None, None
+        dp, db = torch.ops.gecko_lab.silu_columns(first, second, p)
+        rows, (x_wanted, weight_wanted, bias_wanted) = _rows(dp), ctx.needs_input_grad
+        dx = (rows @ weight).view(x.shape) if x_wanted else None
+        return dx, rows.T @ _rows(x) if weight_wanted else None, db.to(ctx.type) if bias_wanted else None
 
 
 class _AddLinear(torch.autograd.Function):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import ops
-from ...kernels.linear import add_linear, linears
+from ...kernels.linear import add_linear, linears, silu_linear
 from ..documents import Documents
 from ..init import linear
 from ..norm import row_norm
@@ -66,10 +66,10 @@ class GeckoBlock(nn.Module):
             z, self.gamma, self.beta, cos, sin,
             heads=shape.num_heads, rope_heads=self.attention.rope_heads, eps=shape.norm_eps,
         )
-        v = heads(ops.silu(self.wv(a)), shape.num_heads)
+        v, far_v = (heads(x, shape.num_heads) for x in silu_linear(a, self.wv))
         near, attention = self.attention.attend(q, k, v, documents, before.attention)
         aq, ak = far_views or (None, None)
-        far, memory = self.memory(aq, ak, v, documents, before.memory)
+        far, memory = self.memory(aq, ak, far_v, documents, before.memory)
         u = ops.gate(near.flatten(2), r, None if far is None else far.flatten(2))
         y = x + F.dropout(add_linear(h, self._hide(u), self.wh2), shape.dropout, self.training)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,9 +15,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .. import __version__
 from .cases import CASES
 from .clock import Ceilings, ceilings
+from .machine import header
 from .rows import BACKENDS, MODES, Bench, Row
 from .sizes import SIZES
 
@@ -67,20 +66,7 @@ def document(
     device: torch.device, dtype: torch.dtype, command: str, measured: Ceilings, rows: list[Row]
 ) -> dict[str, Any]:
     """The JSON of a run; benchmarks/README.md describes it."""
-    on_gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
-        "versions": {
-            "gecko_lab": __version__,
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda if on_gpu else None,
-            "python": platform.python_version(),
-        },
-        "command": command,
-        "dtype": str(dtype).removeprefix("torch."),
-        "ceilings": asdict(measured),
-        "rows": [asdict(row) for row in rows],
-    }
+    return {**header(device, dtype, command, measured), "rows": [asdict(row) for row in rows]}
 
 
 def table(rows: list[Row], measured: Ceilings) -> Table:

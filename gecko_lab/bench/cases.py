@@ -14,12 +14,10 @@ from torch import Tensor
 from ..components import state as states
 from . import cost
 from .llama import LlamaBlock, LlamaModel, rotary
-from .sizes import Size
+from .sizes import Size, packed
 
 if TYPE_CHECKING:
     from ..model import LanguageModel
-
-Cost = Callable[[Size, int], cost.Pair]
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,7 @@ class Job:
     call: Callable[..., tuple[Tensor, ...]]
     inputs: tuple[Tensor, ...]
     parameters: tuple[Tensor, ...] = ()
+    block: torch.nn.Module | None = None  # of a case that is one block of the lab
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class Case:
 
     name: str
     make: Callable[[Size, torch.device, torch.dtype], Job]
-    bytes: Cost
-    flops: Cost
+    bytes: cost.Cost
+    flops: cost.Cost
     whole: bool = False
     backends: tuple[str, ...] = ("reference", "compiled", "cuda")
     modes: tuple[str, ...] = ("fwd", "fwd+bwd")
@@ -168,7 +167,7 @@ def _adaptive_working_memory(s: Size, device: torch.device, dtype: torch.dtype) 
     return Job(call, _heads(s, device, dtype, 1.0))
 
 
-def _gecko(s: Size, layers: int, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+def _gecko(s: Size, layers: int, device: torch.device, dtype: torch.dtype) -> LanguageModel:
     from ..build import build_model
 
     sizes = {
@@ -194,7 +193,7 @@ def _gecko_block(s: Size, device: torch.device, dtype: torch.dtype) -> Job:
     def call(x: Tensor) -> tuple[Tensor, ...]:
         return (block(x, None, None)[0],)
 
-    return Job(call, (_sequence(s, device, dtype),), tuple(block.parameters()))
+    return Job(call, (_sequence(s, device, dtype),), tuple(block.parameters()), block)
 
 
 def _llama_block(s: Size, device: torch.device, dtype: torch.dtype) -> Job:
@@ -206,6 +205,52 @@ def _llama_block(s: Size, device: torch.device, dtype: torch.dtype) -> Job:
         return (block(x, cos, sin),)
 
     return Job(call, (_sequence(s, device, dtype),), tuple(block.parameters()))
+
+
+def _lab_llama_block(s: Size, device: torch.device, dtype: torch.dtype) -> Job:
+    """The lab's own Llama, out of its components, in the sizes of the peer."""
+    from ..build import build_model
+
+    sizes = {
+        "num_layers": 1,
+        "dim": s.dim,
+        "z_dim": s.dim,
+        "value_dim": s.dim,
+        "num_heads": s.llama_heads,
+        "ffn_dim": s.llama_ffn_dim,
+        "chunk_size": s.chunk,
+    }
+    with torch.device(device):
+        model = build_model("model=llama", *(f"model.{name}={value}" for name, value in sizes.items()))
+    block = model.to(device, dtype).get_submodule("blocks.0")
+
+    def call(x: Tensor) -> tuple[Tensor, ...]:
+        return (block(x, None, None)[0],)
+
+    return Job(call, (_sequence(s, device, dtype),), tuple(block.parameters()), block)
+
+
+def _baseline_attention(name: str) -> Callable[[Size, torch.device, torch.dtype], Job]:
+    """An attention of the baselines at the heads of the Llama, in documents of `PACKED` tokens."""
+
+    def make(s: Size, device: torch.device, dtype: torch.dtype) -> Job:
+        from ..components import Documents
+        from ..components.registry import KINDS, Shape
+
+        cls = KINDS["attention"][name]
+        layer = Shape(s.dim, s.dim, s.dim, num_heads=s.llama_heads, ffn_dim=s.llama_ffn_dim, chunk_size=s.chunk)
+        module = cls(cls.Config(), layer)
+        bos = torch.arange(s.length, device=device).expand(s.batch, -1) % packed(s) == 0
+        documents = Documents.from_bos(bos)
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+            return (module.attend(q, k, v, documents, None)[0],)
+
+        shape = (s.batch, s.length, s.llama_heads, s.dim // s.llama_heads)
+        q, k = (_leaf(*shape, device=device, dtype=dtype, scale=shape[3] ** -0.25) for _ in range(2))
+        return Job(call, (q, k, _leaf(*shape, device=device, dtype=dtype)))
+
+    return make
 
 
 def _language_job(model: torch.nn.Module, s: Size, device: torch.device) -> Job:
@@ -220,7 +265,12 @@ def _language_job(model: torch.nn.Module, s: Size, device: torch.device) -> Job:
 
 
 def _gecko_model(s: Size, device: torch.device, dtype: torch.dtype) -> Job:
-    return _language_job(_gecko(s, s.layers, device, dtype), s, device)
+    """With the loss head of training: logits a chunk at a time."""
+    from ..pieces import row_losses
+
+    model = _gecko(s, s.layers, device, dtype)
+    tokens, targets = torch.randint(s.vocab_size, (2, s.batch, s.length), device=device)
+    return Job(lambda: (row_losses(model, tokens, targets)[0].mean(),), (), tuple(model.parameters()))
 
 
 def _llama_model(s: Size, device: torch.device, dtype: torch.dtype) -> Job:
@@ -273,8 +323,17 @@ CASES: dict[str, Case] = {
         Case("swiglu", _swiglu, cost.swiglu_bytes, cost.no_flops),
         Case("sliding_chunk_attention", _sliding_chunk_attention, cost.attention_bytes, cost.attention_flops),
         Case("adaptive_working_memory", _adaptive_working_memory, cost.attention_bytes, cost.memory_flops),
+        *(
+            Case(f"{name}_documents", _baseline_attention(name), cost.baseline_bytes, count, True, _EAGER)
+            for name, count in (
+                ("full", cost.full_flops),
+                ("sliding_window", cost.window_flops),
+                ("chunk", cost.chunk_flops),
+            )
+        ),
         Case("gecko_block", _gecko_block, cost.gecko_block_bytes, cost.gecko_block_flops, whole=True),
         Case("llama_block", _llama_block, cost.llama_block_bytes, cost.llama_block_flops, True, _PEER),
+        Case("lab_llama_block", _lab_llama_block, cost.llama_block_bytes, cost.llama_block_flops, True),
         Case("gecko_model", _gecko_model, cost.gecko_model_bytes, cost.gecko_model_flops, whole=True),
         Case("llama_model", _llama_model, cost.llama_model_bytes, cost.llama_model_flops, True, _PEER),
         Case("decode", _decode, cost.decode_bytes, cost.decode_flops, True, _EAGER, _FORWARD, lambda s: s.batch),

@@ -6,14 +6,31 @@ states) are left out; so are vector operations, which have no ceiling here. ``e`
 
 from __future__ import annotations
 
-from .sizes import Size
+from collections.abc import Callable
+from itertools import pairwise
+
+from .sizes import Size, packed
 
 Pair = tuple[int, int]
+Cost = Callable[[Size, int], Pair]
 
 
 def norm_bytes(s: Size, e: int) -> Pair:
     """x -> y; x, dy -> dx. Also the moving average: one read and one write of (B, L, D)."""
     return 2 * s.tokens * s.dim * e, 3 * s.tokens * s.dim * e
+
+
+def two_norm_bytes(s: Size, e: int) -> Pair:
+    """The two row norms of a block."""
+    forward, backward = norm_bytes(s, e)
+    return 2 * forward, 2 * backward
+
+
+def gates_bytes(s: Size, e: int) -> Pair:
+    """silu of v, the gate of the attention, and the feed-forward's, which backward also writes its value again."""
+    (near, dnear), (wide, dwide) = gate_bytes(s, e), swiglu_bytes(s, e)
+    silu = s.tokens * s.value_dim * e
+    return near + wide + 2 * silu, dnear + dwide + s.tokens * s.ffn_dim * e + 3 * silu
 
 
 def view_bytes(s: Size, e: int) -> Pair:
@@ -56,6 +73,35 @@ def memory_flops(s: Size, e: int) -> Pair:
     mix = 2 * s.tokens * s.heads * s.head_dim**2
     chain = 2 * s.batch * s.heads * (s.length // s.chunk) * s.head_dim**2 * s.value_head_dim
     return 2 * read + mix + chain, 4 * read + 2 * mix + 2 * chain
+
+
+def baseline_bytes(s: Size, e: int) -> Pair:
+    """q, k, v -> y; q, k, v, y, dy -> dq, dk, dv, all as wide as the model."""
+    return 4 * s.tokens * s.dim * e, 8 * s.tokens * s.dim * e
+
+
+def _baseline_flops(s: Size, pairs: int) -> Pair:
+    return 4 * s.batch * pairs * s.dim, 10 * s.batch * pairs * s.dim
+
+
+def _runs(length: int, run: int) -> list[int]:
+    return [min(run, length - at) for at in range(0, length, run)]
+
+
+def full_flops(s: Size, e: int) -> Pair:
+    """(query, key) pairs of each document."""
+    return _baseline_flops(s, sum(n * (n + 1) // 2 for n in _runs(s.length, packed(s))))
+
+
+def window_flops(s: Size, e: int) -> Pair:
+    """The window is two chunks, more than a document."""
+    return full_flops(s, e)
+
+
+def chunk_flops(s: Size, e: int) -> Pair:
+    """Pairs within both the document and the chunk."""
+    cuts = sorted({*range(0, s.length, s.chunk), *range(0, s.length, packed(s)), s.length})
+    return _baseline_flops(s, sum(n * (n + 1) // 2 for n in (b - a for a, b in pairwise(cuts))))
 
 
 def gecko_weights(s: Size) -> int:

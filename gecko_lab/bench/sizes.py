@@ -50,6 +50,11 @@ class Size:
         return replace(self, batch=min(self.batch, 2), length=min(self.length, 3 * chunk + 17), chunk=chunk)
 
 
+def packed(size: Size) -> int:
+    """Tokens of each of the documents that the baselines' attention is timed with: a chunk and a half."""
+    return size.chunk * 3 // 2
+
+
 _7B = Size("7b", 1, 32768, 4096, 1024, 8192, 4, 8192, 16, 64, 2048, 32, 11008, 4, 32000)
 _1B = Size("1b", 1, 32768, 2048, 512, 4096, 2, 5632, 16, 64, 2048, 16, 5632, 8, 32000)
 _TINY = Size("tiny", 2, 96, 64, 32, 64, 2, 96, 4, 8, 16, 4, 96, 2, 257)

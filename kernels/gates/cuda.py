@@ -20,6 +20,7 @@ MODULE = Module(
         "backward<false, false>",
         "backward<true, false>",
         "backward<true, true>",
+        "backward_columns",
     ),
     defines={"ELEMENT": "bf16", "WIDTH": 8},
 )
@@ -41,6 +42,8 @@ _BACKWARD = {
     for key, module in _VARIANTS.items()
     for b, again in ((False, False), (True, False), (True, True))
 }
+_COLUMNS = {key: module.kernel("backward_columns", args="PPPPPII", block=128) for key, module in _VARIANTS.items()}
+SLICE = 64  # rows of a slice, at least
 
 
 def unsupported(a: Tensor, b: Tensor | None = None, far: Tensor | None = None) -> str | None:
@@ -171,6 +174,29 @@ def _backward_cuda(dy: Tensor, a: Tensor, b: Tensor | None, again: bool = False)
     return grads
 
 
+def _silu_columns_cuda(dy: Tensor, dy2: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    dy, x = dy.contiguous(), x.contiguous()
+    dy2 = None if dy2 is None else dy2.contiguous()
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    width = _TYPES[x.dtype][1]
+    if columns % width or any(t is not None and t.data_ptr() % 16 for t in (dy, dy2, x)):
+        width = 1
+    blocks = -(-columns // (128 * width))
+    most = 16 * torch.cuda.get_device_properties(x.device).multi_processor_count
+    slices = max(1, min(-(-rows // SLICE), most // blocks))
+    dx, partial = torch.empty_like(x), torch.empty(slices, columns, dtype=torch.float32, device=x.device)
+    addresses = (0 if t is None else t.data_ptr() for t in (dx, partial, dy, dy2, x))
+    _COLUMNS[x.dtype, width].launch(x.get_device(), (blocks, slices, 1), *addresses, rows, columns)
+    return dx, partial.sum(0)
+
+
+def _silu_columns_cpu(dy: Tensor, dy2: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    both = dy.float() if dy2 is None else dy.float() + dy2.float()
+    dx = (both * _slope(x.float())).to(x.dtype).contiguous()
+    return dx, dx.float().flatten(0, -2).sum(0)
+
+
 def _slope(a: Tensor) -> Tensor:
     s = torch.sigmoid(a)
     return s + a * s * (1 - s)
@@ -226,6 +252,8 @@ for _schema, _cuda, _cpu, _fake in (
      lambda dy, a, b: (_like(a), _like(b))),
     ("swiglu_again(Tensor(a!) dy, Tensor a, Tensor b) -> (Tensor, Tensor)", _swiglu_again_cuda, _swiglu_again_cpu,
      lambda dy, a, b: (_like(a), _like(b))),
+    ("silu_columns(Tensor dy, Tensor? dy2, Tensor x) -> (Tensor, Tensor)", _silu_columns_cuda, _silu_columns_cpu,
+     lambda dy, dy2, x: (_like(x), x.new_empty(x.shape[-1], dtype=torch.float32))),
 ):  # fmt: skip
     _name = _schema.split("(")[0]
     _LIBRARY.define(_schema, tags=_TAGS)

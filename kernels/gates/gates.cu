@@ -89,3 +89,39 @@ __global__ void __launch_bounds__(256) backward(T* da, T* db, T* dy, const T* a,
         }
     }
 }
+
+// Gradient of silu(x + bias), x holding the sum, for two readers: dx = (dy + dy2) silu'(x), dy2 null for one, and in
+// partial (slices, columns) the sums of dx, rounded as it is stored, over the rows of each slice: dbias when added up.
+extern "C" __global__ void __launch_bounds__(128)
+    backward_columns(T* dx, float* partial, const T* dy, const T* dy2, const T* x, uint32_t rows, uint32_t columns) {
+    const uint32_t column = (blockIdx.x * blockDim.x + threadIdx.x) * W;
+    if (column >= columns) return;
+    float sums[W];
+#pragma unroll
+    for (int w = 0; w < W; ++w) sums[w] = 0.f;
+    for (uint32_t row = blockIdx.y; row < rows; row += gridDim.y * UNROLL) {
+        float g[UNROLL][W], other[UNROLL][W], v[UNROLL][W];
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+            const uint32_t at = row + u * gridDim.y;
+            if (at >= rows) continue;
+            const int64_t offset = int64_t(at) * columns + column;
+            load(dy + offset, g[u]);
+            load(x + offset, v[u]);
+            if (dy2 != nullptr) load(dy2 + offset, other[u]);
+        }
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+            const uint32_t at = row + u * gridDim.y;
+            if (at >= rows) continue;
+#pragma unroll
+            for (int w = 0; w < W; ++w) {
+                const float s = sigmoid(v[u][w]), slope = s + v[u][w] * s * (1.f - s);
+                g[u][w] = (dy2 != nullptr ? g[u][w] + other[u][w] : g[u][w]) * slope;
+                sums[w] += to_float(from_float<T>(g[u][w]));
+            }
+            store(dx + int64_t(at) * columns + column, g[u]);
+        }
+    }
+    store(partial + int64_t(blockIdx.y) * columns + column, sums);
+}

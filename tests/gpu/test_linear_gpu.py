@@ -62,6 +62,25 @@ def test_fused_layers_follow_plain_ones(rows: tuple[int, int], dtype: torch.dtyp
         close(a, b, 4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (67, 13), (1000, 64), (4099, 520)])
+@pytest.mark.parametrize("readers", [(1,), (0, 1)], ids=str)
+def test_silu_for_two_readers(readers: tuple[int, ...], rows: int, columns: int, dtype: torch.dtype) -> None:
+    one = layer(16, columns, True, dtype)
+    wide = nn.Linear(16, columns, device="cuda", dtype=torch.float64)
+    wide.load_state_dict(one.state_dict())
+    x = torch.randn(1, rows, 16, device="cuda").to(dtype).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    dys = [torch.randn(1, rows, columns, device="cuda").to(dtype) for _ in readers]
+    with backend.use("strict"):
+        ys = [linear.silu_linear(x, one)[i] for i in readers[:1]] if len(readers) == 1 else linear.silu_linear(x, one)
+        got = torch.autograd.grad(ys, [x, *one.parameters()], dys)
+    y = F.silu(wide(exact))
+    wanted = torch.autograd.grad(y, [exact, *wide.parameters()], sum(dy.double() for dy in dys))
+    for a, b in zip((ys[0], *got), (y, *wanted), strict=True):
+        close(a, b, 3)
+
+
 def test_under_autocast_weights_stay_float32_and_products_are_bf16() -> None:
     three = [layer(64, 136, False, torch.float32) for _ in range(2)] + [layer(136, 64, False, torch.float32)]
     x = torch.randn(2, 67, 64, device="cuda", requires_grad=True)

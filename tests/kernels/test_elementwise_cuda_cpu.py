@@ -6,6 +6,7 @@ from torch import Tensor
 
 from gecko_lab.kernels.gates import cuda as gates
 from gecko_lab.kernels.z_views import cuda as views
+from gecko_lab.kernels.z_views.reference import rotate as rotation
 from gecko_lab.kernels.z_views.reference import z_views as reference
 
 OPS = torch.ops.gecko_lab
@@ -19,7 +20,7 @@ def test_gates_compile_without_spills() -> None:
     for module in gates.KERNELS:
         for name, used in module.compile("sm_90a").resources.items():
             assert (used.stack, used.spill_stores) == (0, 0), (module.label, name)
-            assert used.registers <= 64, (module.label, name)
+            assert used.registers <= (80 if name == "backward_columns" else 64), (module.label, name)
 
 
 @pytest.mark.parametrize(("size", "spills"), [(256, 0), (64, 0), (6, 0), (512, 256)])
@@ -39,6 +40,8 @@ def test_gates_obey_the_rules_of_operators() -> None:
     torch.library.opcheck(OPS.swiglu.default, (a.detach(), b.detach(), far.detach()))
     torch.library.opcheck(OPS.swiglu.default, (a.detach(), b.detach(), None))
     torch.library.opcheck(OPS.swiglu_backward.default, (far.detach(), a.detach(), b.detach()))
+    torch.library.opcheck(OPS.swiglu_again.default, (far.detach(), a.detach(), b.detach()))
+    torch.library.opcheck(OPS.silu_columns.default, (far.detach(), b.detach(), a.detach()))
 
 
 @pytest.mark.parametrize("rope_heads", [0, 1])
@@ -67,6 +70,16 @@ def test_gradients_of_the_gates_are_those_of_autograd() -> None:
             assert (g is None) == (w is None)
             if g is not None:
                 torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("rope_heads", [0, 1, 2])
+def test_the_rotation_is_its_own_inverse_in_the_gradient(rope_heads: int) -> None:
+    x, dy, angles = normal(2, 5, 2, 6), torch.randn(2, 5, 2, 6), torch.rand(5, 3) * 6
+    turns = angles.cos(), angles.sin(), rope_heads
+    got, wanted = views.rotate(x, *turns, 0.5), rotation(x, *turns, 0.5)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(torch.autograd.grad(got, x, dy), torch.autograd.grad(wanted, x, dy))
+    torch.library.opcheck(OPS.rotate.default, (x.detach(), *turns, -1.0, 0.5))
 
 
 @pytest.mark.parametrize("rope_heads", [0, 1, 2])

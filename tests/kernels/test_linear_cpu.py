@@ -67,6 +67,16 @@ def test_a_second_product_is_added_in_place() -> None:
         assert linear.add_linear(h, u, second).data_ptr() == h.data_ptr()
 
 
+@pytest.mark.parametrize("readers", [(0,), (1,), (0, 1)], ids=str)
+def test_silu_for_two_readers(readers: tuple[int, ...]) -> None:
+    one = layers((6, 5, True))
+    x = [torch.randn(2, 4, 6, requires_grad=True)]
+    same(
+        gradients(lambda x: tuple(linear.silu_linear(x, one[0])[i] for i in readers), x, one),
+        gradients(lambda x: (F.silu(one[0](x)),) * len(readers), x, one),
+    )
+
+
 def test_the_gated_feed_forward_keeps_no_product() -> None:
     fc1, fc3, fc2 = three = layers((6, 16, False), (6, 16, False), (16, 6, False))
     x = [torch.randn(2, 4, 6, requires_grad=True)]
