@@ -51,10 +51,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     all.over_warp();
     if (threadIdx.x == 0) {
         const int64_t target = targets[blockIdx.x];
-        const float total = all.most + logf(all.sum);
+        const float rest = logf(all.sum);
         const bool known = target >= 0 && target < columns;  // else NaN, which a run notices
-        lse[blockIdx.x] = total;
-        losses[blockIdx.x] = known ? total - to_float(row[target]) : __uint_as_float(0x7fffffffu);
+        lse[blockIdx.x] = all.most + rest;
+        losses[blockIdx.x] = known ? (all.most - to_float(row[target])) + rest : __uint_as_float(0x7fffffffu);
     }
 }
 

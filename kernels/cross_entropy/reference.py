@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    lse = wide.logsumexp(-1)
-    return lse - wide.gather(-1, targets[:, None]).squeeze(-1), lse
+    return F.cross_entropy(wide, targets, reduction="none"), wide.logsumexp(-1)
 
 
 def cross_entropy_gradient(logits: Tensor, targets: Tensor, lse: Tensor, dlosses: Tensor) -> Tensor:
