@@ -77,8 +77,8 @@ class Attention(nn.Module):
         return self.attend(q, k, v, documents, state)
 
     def flash(self, q: Tensor, keys: KeyValues) -> bool:
-        """Whether `packed.attend` can serve this call; where it cannot on a GPU, say why."""
-        if not q.is_cuda or backend.get_mode() == "reference":
+        """Whether `packed.attend` should serve this call; where it cannot on a GPU, say why."""
+        if not q.is_cuda or backend.get_mode() == "reference" or q.shape[1] == 1:  # one query: one row of a mask
             return False
         reason = packed.unsupported(q, keys.v)
         if self.training and self.drop:

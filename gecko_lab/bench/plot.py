@@ -31,7 +31,9 @@ def context_plot(rows: Sequence[dict[str, Any]]) -> str:
         raise ValueError("no point was measured: there is nothing to draw")
     lengths, times = sorted({x for x, _ in every}), [y for _, y in every]
     top, bottom, left = 46.0, 380.0, 64.0
-    right = WIDTH - 24 - LETTER * max(len(name) for _, _, name, *_ in CURVES)
+    longest = max(x for x, _ in every)
+    edge = [name for f, m, name, *_ in CURVES if points[f, m] and points[f, m][-1][0] == longest]
+    right = WIDTH - 24 - LETTER * max(map(len, edge))
     x = Scale(lengths[0], max(lengths[-1], 2 * lengths[0]), left, right, log=True)
     y = Scale(min(times) / 1.3, max(times) * 1.3, bottom, top, log=True)
     out = [text(left, 24, "microseconds a token, one layer", "start", "soft"), horizontal(y, left, right, True)]
@@ -51,7 +53,10 @@ def context_plot(rows: Sequence[dict[str, Any]]) -> str:
         out += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3" style="fill:{tint}"/>' for a, b in curve]
         ends.append((y(curve[-1][1]), x(curve[-1][0]), name))
     placed = -math.inf
-    for at, start, name in sorted(ends):  # names beside the last points, never on top of each other
+    for at, start, name in sorted(ends):  # beside the last point at the edge, never on top of each other; else above it
+        if start < right - 1:
+            out.append(text(start + 4, at - 12, name, "end"))
+            continue
         placed = max(at + 4, placed + 15)
         out.append(text(start + 10, placed, name))
     return document(WIDTH, bottom + 56, out, "Time of a token against the length of the context")
