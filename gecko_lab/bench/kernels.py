@@ -90,6 +90,8 @@ def _place(event: Any, kernel: str, size: Size, ceilings: Ceilings) -> tuple[str
     way = "backward" if any("ackward" in name or name.endswith("_again") for name in names) else "forward"
     product = _product(names[0], shapes)
     floor = None
+    if kernel.startswith(("Memset", "Memcpy")):  # cuBLAS clears what it counts with; addmm copies what it adds to
+        product, floor = None, 0.0
     if product is not None:
         count, m, k, n = product
         floor = ceilings.floor_ms(2 * count * (m * k + k * n + m * n), 2 * count * m * n * k)

@@ -53,6 +53,7 @@ def test_kernels_find_their_step_and_floor() -> None:
         assert row.floor_ms == pytest.approx(wide)
     attention = by["sliding chunk attention", "forward", "cuBLAS product"]
     assert attention.floor_ms == pytest.approx(CEILINGS.floor_ms(2 * 8 * (2 * 2048 * 256 + 2048**2), 0) / 2)
+    assert by["sliding chunk attention", "forward", "memset"].floor_ms == 0
     gates = by["gates", "backward", "backward"]
     assert (gates.calls, gates.ms, gates.floor_ms) == (1.0, 1.0, None)
     assert by["additions, sums, copies", "forward", "addition"].floor_ms == pytest.approx(
