@@ -55,6 +55,10 @@ GOALS = (
          "at this width products are two thirds of the time, and passes over memory count twice as much as at 7B"),
     Goal("gecko_model", "1b-b1-l32768", "fwd+bwd", 310.0, 265.0,
          "`trainer.loss_chunk=0` keeps the logits in bfloat16: one product of the head less"),
+    Goal("decode", "7b-b1-l4096", "fwd", 1.2, 0.85,
+         "the weights are read once a step; the rest is the step's chain of small kernels"),
+    Goal("decode", "7b-b16-l4096", "fwd", 5.0, 3.0, "keys and values of sixteen rows are read beside the weights"),
+    Goal("prefill", "7b-b1-l32768", "fwd", 156.0, 136.5, "its blocks are those of the forward pass above"),
 )  # fmt: skip
 
 
