@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=4)  # every layer of a model asks for the same table
+@lru_cache(maxsize=1)  # every layer of a model asks for the same table; older ones would be memory held for nothing
 def tables(start: int, length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos, sin (L, S / 2) float32 for positions start .. start + length - 1.
 

@@ -93,10 +93,8 @@ class Length(Task):
         meter = Meter(subject.device)
         reader = _Reader(subject, self.streams, self.config.piece)
         extra: dict[str, list[dict[str, Any]]] = {"state": [], "decode": []}
-        for _ in reader.carried(stop=2 * self.config.piece):  # what is compiled or tuned at first use is not measured
-            pass
-        if self.config.decode:
-            extra["decode"].append(self._early(subject))
+        reader.warm_up()
+        kept = [(self.config.first, self._early(subject))] if self.config.decode else []
         for number, every in enumerate(series):
             for part in reader.restarted(every) if every else reader.carried(meter):
                 span = slice(part.begin // BLOCK, (part.begin + part.width) // BLOCK)
@@ -108,7 +106,8 @@ class Length(Task):
                 if not every and reached:
                     extra["state"] += state_norms.of(part.state, part.begin + part.width)
                     if self.config.decode:
-                        extra["decode"].append(self._decode(subject, part.state, part.begin + part.width))
+                        kept.append((part.begin + part.width, states.to(part.state, "cpu")))
+        extra["decode"] = [self._decode(subject, state, context) for context, state in kept]
         for row, length in enumerate(self.streams.lengths):
             nats[:, row, length // BLOCK :] = np.nan
         return self._results(nats, sizes, meter, extra)
@@ -135,6 +134,7 @@ class Length(Task):
         return {
             "rows": found,
             **extra,
+            "pieces": [cost._asdict() for cost in meter.costs],
             "loss": float(nats[0][known].sum() / known.sum() / BLOCK),
             "tokens": int(known.sum()) * BLOCK,
             "data": self.text.name,
@@ -142,10 +142,11 @@ class Length(Task):
             "text_fingerprint": self.text.source.fingerprint,
         }
 
-    def _early(self, subject: Subject) -> dict[str, Any]:
+    def _early(self, subject: Subject) -> Any:
+        """The state after the first bucket, on the CPU."""
         tokens = torch.from_numpy(self.streams.read(0, self.config.first)[:, :-1])
         _, state = subject.features(tokens, None, self._bos(subject))
-        return self._decode(subject, state, self.config.first)
+        return states.to(state, "cpu")
 
     def _bos(self, subject: Subject) -> int | None:
         return None if self.config.documents == "concatenated" else subject.tokenizer.bos_id
@@ -154,7 +155,7 @@ class Length(Task):
         """Milliseconds of one more token for all rows, a few first ones aside."""
         rows = len(states.tensors(state)[0])
         token = torch.zeros(rows, dtype=torch.int64, device=subject.device)
-        decoder = Decoder(subject.model, state, rows)
+        decoder = Decoder(subject.model, states.to(state, subject.device), rows)
         with subject.inference():
             for _ in range(8):
                 decoder.step(token)
@@ -220,10 +221,17 @@ class _Reader:
         self.subject, self.streams, self.piece = subject, streams, piece
         self.bos = None if streams.kind == "concatenated" else subject.tokenizer.bos_id
 
-    def carried(self, meter: Meter | None = None, stop: int = 0) -> Iterator[_Part]:
-        """With the state carried; ``meter`` learns what each piece took, ``stop`` ends early."""
+    def warm_up(self) -> None:
+        """Read a beginning that is not measured, for what is compiled, tuned or allocated at first use."""
+        began, least = time.perf_counter(), 2.0 if self.subject.device.type == "cuda" else 0.0
+        for part in self.carried():
+            if part.begin > 0 and time.perf_counter() - began >= least:
+                break
+
+    def carried(self, meter: Meter | None = None) -> Iterator[_Part]:
+        """With the state carried; ``meter`` learns what each piece took."""
         state: Any = None
-        end = min(int(self.streams.lengths[0]), stop or 2**62)
+        end = int(self.streams.lengths[0])
         for begin in range(0, end, self.piece):
             width = min(self.piece, end - begin)
             block = torch.from_numpy(self.streams.read(begin, width))
