@@ -67,11 +67,11 @@ def write_hyperparameters(writer: SummaryWriter, values: dict[str, Any]) -> None
 def write_columns(folder: Path, runs: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[str]:
     """Choose the columns of HPARAMS for all runs below ``folder``: the options that differ, and ``metrics``.
 
-    ``runs`` are the flat options of each. Without this, TensorBoard lists every option and every scalar. Returns the
+    An option that some runs do not have (of a component that they lack) counts by the others alone. ``runs`` are the flat options of each. Without this, TensorBoard lists every option and every scalar. Returns the
     names of the options that differ.
     """
     names = dict.fromkeys(name for run in runs for name in run)
-    values = {name: [run.get(name, "") for run in runs] for name in names}
+    values = {name: [run[name] for run in runs if name in run] for name in names}
     differ = {name: column for name, column in values.items() if len({(type(v), v) for v in column}) > 1}
     chosen = [columns.HParam(name, _domain(column)) for name, column in differ.items()]
     with SummaryWriter(str(folder)) as writer:
