@@ -67,8 +67,8 @@ def write_hyperparameters(writer: SummaryWriter, values: dict[str, Any]) -> None
 def write_columns(folder: Path, runs: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[str]:
     """Choose the columns of HPARAMS for all runs below ``folder``: the options that differ, and ``metrics``.
 
-    An option that some runs do not have (of a component that they lack) counts by the others alone. ``runs`` are the flat options of each. Without this, TensorBoard lists every option and every scalar. Returns the
-    names of the options that differ.
+    ``runs`` are the flat options of each; an option that some do not have (of a part that they lack) counts by the
+    others alone. Without this, TensorBoard lists every option and every scalar. Returns the names that differ.
     """
     names = dict.fromkeys(name for run in runs for name in run)
     values = {name: [run[name] for run in runs if name in run] for name in names}
