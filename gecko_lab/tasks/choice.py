@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -64,7 +65,7 @@ class Choice(Task):
         gold = np.asarray([q.gold for q in self.questions])
         (plain, error), (norm, norm_error) = share(np.asarray(picked) == gold), share(np.asarray(per_size) == gold)
         row = {
-            "data": self.config.data, "questions": len(gold),
+            "data": Path(self.config.data).name, "questions": len(gold),
             "accuracy": plain, "accuracy_error": error, "accuracy_norm": norm, "accuracy_norm_error": norm_error,
             "chance": float(np.mean([1 / len(q.texts) for q in self.questions])),
         }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Optional
 
 from ..components.registry import option
@@ -42,7 +43,7 @@ class Lambada(Task):
         accuracy, error = share(found.exact)
         nats = float(found.nats.mean())
         row = {
-            "data": self.config.data, "passages": len(pairs), "accuracy": accuracy, "accuracy_error": error,
+            "data": Path(self.config.data).name, "passages": len(pairs), "accuracy": accuracy, "accuracy_error": error,
             "perplexity": math.exp(nats) if nats < 700 else math.inf, "nats": nats,
         }  # fmt: skip
         return {"rows": [row], "right": found.exact.astype(int).tolist()}

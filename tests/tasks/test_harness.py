@@ -1,0 +1,81 @@
+"""The adapter of lm-evaluation-harness gives what the lab's own tasks give, and answers until it is told to stop."""
+
+import json
+from pathlib import Path
+
+import lm_eval
+import pytest
+from copier import Copier
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+from gecko_lab.harness.__main__ import main
+from gecko_lab.harness.adapter import HarnessModel, choice_task
+from gecko_lab.tasks import Subject, configure, run_task
+
+
+def request(kind: str, *arguments: object) -> Instance:
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    words = ["alpha", "beta", "gamma", "delta", "epsilon"]
+    choices = [w * (1 + j % 2) for j, w in enumerate(words)]
+    rows = [{"query": f"Question {i}: {words[i % 5]}\n", "choices": choices[: 2 + i % 4], "gold": i % 2}
+            for i in range(30)]  # fmt: skip
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return file
+
+
+def test_multiple_choice_equals_our_own_to_the_last_example(subject: Subject, questions: Path) -> None:
+    ours = run_task(configure(["task=choice", f"data={questions}"]), subject)
+    theirs = lm_eval.simple_evaluate(
+        model=HarnessModel.of(subject),
+        tasks=[choice_task("mine", str(questions))],
+        task_manager=TaskManager(include_defaults=False),
+        bootstrap_iters=0,
+    )
+    assert theirs is not None
+    row, values = ours["rows"][0], theirs["results"]["mine"]
+    assert values["acc,none"] == pytest.approx(row["accuracy"])
+    assert values["acc_norm,none"] == pytest.approx(row["accuracy_norm"])
+    picked = []
+    for sample in sorted(theirs["samples"]["mine"], key=lambda s: s["doc_id"]):
+        nats = [r[0] for r in sample["filtered_resps"]]
+        picked.append(nats.index(max(nats)))
+    assert picked == ours["picked"]
+
+
+def test_rolling_reads_whole_texts_from_bos(subject: Subject) -> None:
+    model = HarnessModel.of(subject)
+    (whole,) = model.loglikelihood_rolling([request("loglikelihood_rolling", "some words")])
+    first, rest = model.loglikelihood(
+        [request("loglikelihood", "", "some"), request("loglikelihood", "some", " words")]
+    )
+    assert whole == pytest.approx(first[0] + rest[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(("until", "wanted"), [(["e"], " d "), ([" f"], " d e"), ([], " d e f. ")])
+def test_answers_end_before_the_stop_string(until: list[str], wanted: str) -> None:
+    model = HarnessModel.of(Copier())
+    options = {"until": until, "max_gen_toks": 8}
+    assert model.generate_until([request("generate_until", "a b c d e f. a b c", options)]) == [wanted]
+
+
+def test_the_command(run_folder: Path, questions: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    assert main([str(run_folder), "--choice", f"mine={questions}", "--limit", "6", "--json", str(out)]) == 0
+    assert "acc_norm" in capsys.readouterr().out
+    assert json.loads(out.read_text())["results"]["mine"]["sample_len"] == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [([], "nothing to run"), (["--tasks", "no_such_task"], "knows no no_such_task"), (["--choice", "x"], "NAME=FILE"),
+     (["--choice", "x=nowhere.jsonl"], "no such file"), (["--tasks", "x", "--include", "nowhere"], "no such folder")],
+)  # fmt: skip
+def test_mistakes(run_folder: Path, arguments: list[str], match: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run_folder), *arguments]) == 2
+    assert match in capsys.readouterr().err
