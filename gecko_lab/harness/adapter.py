@@ -44,7 +44,8 @@ class HarnessModel(LM):
         return made
 
     def _use(self, subject: Subject) -> None:
-        self.subject, self.progress = subject, nothing
+        self.subject = subject
+        self.progress: Progress = nothing
         self._device = subject.device
 
     def watched(self, progress: Progress) -> HarnessModel:
