@@ -3,41 +3,72 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 from .artifacts import add_device_argument, add_model_arguments, device_named, open_artifact
 from .cli import guarded
 from .errors import LabError
-from .generation import TextStream, generate
+from .generation import Sampling, Session, StopText, answers
+from .generation.sampling import RULES
+from .generation.session_file import check_target
+from .generation.terminal import clean, reading
+from .kernels import backend
 
 TEXT = """Continue a prompt with a trained model. The text goes to standard output as it is made, all else to standard
-error. A prompt may have any length: it is read in pieces, and memory does not grow with what was read."""
+error. A prompt may have any length: it is read in pieces, and memory does not grow with what was read.
+
+Several prompts are continued side by side, each as it would be alone. --save-session keeps the state after a long
+document in a small file, from which --session asks any number of questions. --interactive is a conversation with it."""
 INTERRUPTED = 130
-CONTROL = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
-    p = argparse.ArgumentParser(prog="python -m gecko_lab.generate", description=TEXT, allow_abbrev=False)
-    add_model_arguments(p)
-    prompt = p.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue (default: the start of a document)")
-    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="UTF-8 file to continue; - is standard input")
-    p.add_argument("--length", type=int, default=256, metavar="N", help="tokens to make at most (default: 256)")
-    p.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest token (default: 0.8)"
+    p = argparse.ArgumentParser(
+        prog="python -m gecko_lab.generate",
+        description=TEXT,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest; 0: all (default)")
-    p.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (default: 0)")
+    add_model_arguments(p)
+    text = p.add_argument_group("what is read")
+    text.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated (default: a new document)"
+    )
+    text.add_argument(
+        "--prompt-file", action="append", type=Path, metavar="FILE", help="UTF-8 file; may be repeated; - is stdin"
+    )
+    text.add_argument("--session", type=Path, metavar="FILE", help="start from a saved session, not a new document")
+    text.add_argument("--save-session", type=Path, metavar="FILE", help="save the state once the prompt is read")
+    text.add_argument("--interactive", action="store_true", help="then read lines and answer them; /help says more")
+    choice = p.add_argument_group("how a token is chosen")
+    choice.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest (default: 0.8)")
+    choice.add_argument("--top-k", type=int, default=0, metavar="K", help="of the K likeliest; 0: of all (default)")
+    choice.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="of the fewest that have probability P (default: 1, all)"
+    )
+    choice.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="of those P times as likely as the likeliest (default: 0)"
+    )
+    choice.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: tokens seen before are rarer"
+    )
+    choice.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="the same seed, the same text; prompt i has S + i (default: 0)"
+    )
+    end = p.add_argument_group("when it ends")
+    end.add_argument("--length", type=int, default=256, metavar="N", help="tokens to make at most (default: 256)")
+    end.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; \\n is a line end"
+    )
+    p.add_argument("--batch-size", type=int, default=16, metavar="B", help="prompts side by side (default: 16)")
+    p.add_argument("--jsonl", action="store_true", help="print a line of JSON for each prompt instead of the text")
     add_device_argument(p)
     return p
 
@@ -56,62 +87,127 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
-    for name, lowest in (("length", 0), ("temperature", 0), ("top_k", 0), ("seed", 0)):
-        value = getattr(options, name)
-        if not lowest <= value < float("inf"):
-            raise LabError(f"--{name.replace('_', '-')} {value}: must be a number from {lowest} on")
-    text = _prompt(options)
+    sampling, stop = _sampling(options), [text.replace("\\n", "\n").replace("\\t", "\t") for text in options.stop]
+    StopText(stop)
+    prompts = _prompts(options)
+    if options.save_session is not None:
+        check_target(options.save_session)
     device = device_named(options.device)
     artifact = open_artifact(options.model, options.checkpoint)
     tokenizer = artifact.tokenizer()
+    backend.set_mode(artifact.training.kernels if artifact.training else "auto")
     err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     for note in artifact.notes:
         err.print(f"note: {note}")
     err.print(f"model: {artifact.name}, on {device}")
-
-    encoded = torch.from_numpy(tokenizer.encode(text).astype("int64"))
-    prompt = torch.cat([torch.tensor([tokenizer.bos_id]), encoded])[None]
     model = artifact.model.to(device)
-    stream, made, ended = TextStream(tokenizer), 0, False
-    began = time.perf_counter()
-    with _reading(err, prompt.shape[1]) as progress:
-        tokens = generate(
-            model,
-            prompt,
-            options.length,
-            bos_id=tokenizer.bos_id,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            generator=torch.Generator(device).manual_seed(options.seed),
-            vocab_size=tokenizer.vocab_size,
-            progress=progress,
-        )
-        token = next(tokens, None)
+    if options.session is None:
+        session = Session(model, tokenizer)
+    else:
+        session = Session.load(options.session, model, tokenizer)
+        err.print(f"session: {options.session}, {session.length:,} tokens read")
+    if len(prompts) > 1:
+        return _several(session, prompts, sampling, stop, options, err)
+    text = prompts[0] if prompts else ""
+    began, before = time.perf_counter(), session.length
+    tokens = session.encode(text)
+    with reading(err, len(tokens)) as progress:
+        if len(tokens):
+            session.read(tokens, progress)
+        elif not session.length:
+            session.read([tokenizer.bos_id])
+    session.mark()  # waits for the device
     read = time.perf_counter() - began
-    sys.stdout.write(text if len(text) <= 2000 else f"...{text[-200:]}")
-    terminal = sys.stdout.isatty()  # a young model's escape characters must not run it
-    began = time.perf_counter()
-    while token is not None:
-        made += 1
-        ended = int(token) == tokenizer.bos_id
-        if ended:
-            break
-        piece = stream.push(int(token))
-        sys.stdout.write(piece.translate(CONTROL) if terminal else piece)
-        sys.stdout.flush()
-        token = next(tokens, None)
-    sys.stdout.write(stream.end() + "\n")
-    sys.stdout.flush()
+    if options.save_session is not None:
+        session.save(options.save_session)
+        size = options.save_session.stat().st_size
+        err.print(f"saved: {options.save_session}, {session.length:,} tokens read, {size / 1e6:,.1f} MB")
+    if options.interactive:
+        from .generation.interactive import Conversation
+
+        err.print(f"read {session.length - before:,} tokens in {read:.2f} s; /help lists the commands")
+        return Conversation(session, sampling, options.length, stop, err).run()
+    read_tokens, made_before = session.length - before, session.length
+    if not options.jsonl:
+        sys.stdout.write(clean(text if len(text) <= 2000 else f"...{text[-200:]}"))
+    began, answer = time.perf_counter(), ""
+    for piece in session.generate(options.length, sampling, stop):
+        answer += piece
+        if not options.jsonl:
+            sys.stdout.write(clean(piece))
+            sys.stdout.flush()
     seconds = max(time.perf_counter() - began, 1e-9)
-    end = " (the model ended the document)" if ended else ""
-    err.print(f"read {prompt.shape[1]:,} tokens in {read:.2f} s, made {made:,}{end} at {made / seconds:,.0f} a second")
+    made, finish = session.length - made_before, session.finish or "length"
+    if options.jsonl:
+        sys.stdout.write(_line(0, text, answer, made, finish, sampling.seed))
+    else:
+        sys.stdout.write("\n")
+    sys.stdout.flush()
+    end = {"document": " (the model ended the document)", "stop": " (a stop string)"}.get(finish, "")
+    err.print(f"read {read_tokens:,} tokens in {read:.2f} s, made {made:,}{end} at {made / seconds:,.0f} a second")
     return 0
 
 
-def _prompt(options: argparse.Namespace) -> str:
-    if options.prompt_file is None:
-        return options.prompt or ""
-    file = options.prompt_file
+def _several(session: Session, prompts: list[str], sampling: Sampling, stop: list[str], options: argparse.Namespace,
+             err: Console) -> int:
+    assert session.tokenizer is not None
+    total = sum(len(session.encode(prompt)) + 1 for prompt in prompts)
+    began, made = time.perf_counter(), 0
+    start = session.mark() if session.length else None
+    with reading(err, total) as progress:
+        for answer in answers(
+            session.model, session.tokenizer, prompts, options.length, sampling=sampling, stop=stop, start=start,
+            rows=options.batch_size, progress=progress,
+        ):  # fmt: skip
+            made += len(answer.tokens)
+            index, prompt = answer.prompt, prompts[answer.prompt]
+            if options.jsonl:
+                seed = sampling.seed + index
+                sys.stdout.write(_line(index, prompt, answer.text, len(answer.tokens), answer.finish, seed))
+            else:
+                shown = prompt if len(prompt) <= 2000 else f"...{prompt[-200:]}"
+                sys.stdout.write(f"--- {index + 1} of {len(prompts)}\n{clean(shown + answer.text)}\n")
+            sys.stdout.flush()
+    seconds = max(time.perf_counter() - began, 1e-9)
+    err.print(f"{len(prompts):,} prompts, made {made:,} tokens, {made / seconds:,.0f} a second with the reading")
+    return 0
+
+
+def _line(index: int, prompt: str, text: str, tokens: int, finish: str, seed: int) -> str:
+    prompt = prompt if len(prompt) <= 2000 else f"...{prompt[-200:]}"
+    facts = {"index": index, "prompt": prompt, "text": text, "tokens": tokens, "finish": finish, "seed": seed}
+    return json.dumps(facts) + "\n"
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    for name, lowest in (("length", 0), ("batch_size", 1)):
+        if getattr(options, name) < lowest:
+            raise LabError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be a number from {lowest} on")
+    for name, (allowed, text) in RULES.items():
+        if not allowed(getattr(options, name)):
+            raise LabError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be {text}")
+    return Sampling(**{name: getattr(options, name) for name in RULES})
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    """The prompts in the order of the options, --prompt first."""
+    texts = list(options.prompt or [])
+    if "" in texts:
+        raise LabError("--prompt '': empty, there is nothing to continue; leave the option out to begin a document")
+    if options.interactive and options.prompt_file and "-" in map(str, options.prompt_file):
+        raise LabError("--interactive: reads lines from standard input; give the prompt as a file of its own")
+    texts += [read_text(file) for file in options.prompt_file or []]
+    if len(texts) > 1:
+        for name in ("interactive", "save_session"):
+            if getattr(options, name):
+                raise LabError(f"--{name.replace('_', '-')}: takes one prompt, {len(texts)} were given")
+    if options.interactive and options.jsonl:
+        raise LabError("--interactive: prints text as it is made; drop --jsonl")
+    return texts
+
+
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file, of standard input for ``-``. LabError: missing, empty, binary or another encoding."""
     try:
         data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
         text = data.decode("utf-8")
@@ -124,22 +220,6 @@ def _prompt(options: argparse.Namespace) -> str:
     if not text:
         raise LabError(f"--prompt-file {file}: empty; leave the option out to begin a document")
     return text
-
-
-@contextlib.contextmanager
-def _reading(console: Console, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar for a long prompt; short ones have none."""
-    bar = Progress(
-        TextColumn("reading the prompt"),
-        *Progress.get_default_columns()[1:3],
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=total < 100_000 or not console.is_terminal,
-    )
-    task = bar.add_task("reading", total=total)
-    with bar:
-        yield lambda count: bar.advance(task, count)
 
 
 if __name__ == "__main__":

@@ -233,14 +233,13 @@ def _conclude(config: Any, model: Any, data: Any, results: dict[str, float], fol
         tokenizer = data.tokenizer
         prompt = [tokenizer.bos_id, *tokenizer.encode(config.log.sample_prompt).tolist()]
         device = model.embed.weight.device
-        generator = torch.Generator(device=device).manual_seed(config.seed)
         stream = generate(
             model,
             torch.tensor([prompt], device=device),
             config.log.sample_tokens,
             bos_id=tokenizer.bos_id,
             temperature=config.log.sample_temperature,
-            generator=generator,
+            seed=config.seed,
         )
         text = tokenizer.decode(prompt[1:] + [int(token) for token in stream])
         write_atomic(folder.path / "sample.txt", text)

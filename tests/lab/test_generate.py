@@ -1,7 +1,10 @@
 """A trained run continues a text: whole characters, any prompt, constant memory, clear refusals."""
 
 import io
+import json
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +74,7 @@ def test_a_seed_repeats_and_another_differs(trained: Trained, capsys: pytest.Cap
 def test_the_end_of_the_document_ends_the_text(trained: Trained, capsys: pytest.CaptureFixture[str],
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     plan = iter([65, 66, 256, 67])
-    monkeypatch.setattr(generation, "pick", lambda *a, **k: torch.tensor([next(plan)]))
+    monkeypatch.setattr(generation.Chooser, "choose", lambda *a: [next(plan)])
     assert main([str(trained[0]), "--prompt", ">", "--length", "4"]) == 0
     out, err = capsys.readouterr()
     assert out == ">AB\n"
@@ -94,7 +97,7 @@ def test_a_prompt_is_read_in_pieces_with_a_state_of_constant_size(trained: Train
 
 def test_ids_beyond_the_tokenizer_are_never_chosen(trained: Trained) -> None:
     model = gecko_lab.load(trained[0])
-    tokens = generate(model, torch.tensor([[256]]), 50, vocab_size=7, generator=torch.Generator().manual_seed(0))
+    tokens = generate(model, torch.tensor([[256]]), 50, vocab_size=7, seed=1)
     assert max(int(t) for t in tokens) < 7
 
 
@@ -120,6 +123,20 @@ def test_a_prompt_file_and_standard_input(trained: Trained, tmp_path: Path, caps
         (["--temperature", "nan"], "--temperature"),
         (["--top-k", "-3"], "--top-k"),
         (["--seed", "-3"], "--seed"),
+        (["--top-p", "1.5"], "--top-p 1.5: must be above 0 and at most 1"),
+        (["--min-p", "-0.1"], "--min-p"),
+        (["--repetition-penalty", "0"], "--repetition-penalty"),
+        (["--stop", ""], "stop string"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--prompt", ""], "leave the option out"),
+        (["--session", "nowhere"], "no such file"),
+        (["--session", "latin"], "not a session"),
+        (["--save-session", "latin"], "not overwritten"),
+        (["--save-session", "nowhere/s"], "does not exist"),
+        (["--prompt", "a", "--prompt", "b", "--interactive"], "--interactive: takes one prompt, 2 were given"),
+        (["--prompt", "a", "--prompt", "b", "--save-session", "s"], "takes one prompt"),
+        (["--interactive", "--prompt-file", "-"], "standard input"),
+        (["--interactive", "--jsonl"], "--jsonl"),
         (["--device", "abacus"], "abacus"),
         (["--checkpoint", "nowhere.ckpt"], "nowhere.ckpt"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
@@ -135,7 +152,90 @@ def test_mistakes(arguments: list[str], words: str, trained: Trained, tmp_path: 
     Path("binary").write_bytes(b"\0\1\2")
     Path("latin").write_bytes("caf\u00e9".encode("latin-1"))
     Path("empty").write_bytes(b"")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     assert main([str(trained[0]), *arguments]) == 2
     out, err = capsys.readouterr()
     assert words in err
     assert out == ""
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, str]:
+    assert main(list(arguments)) == 0
+    return capsys.readouterr()
+
+
+def test_prompts_side_by_side_are_each_as_alone(trained: Trained, capsys: pytest.CaptureFixture[str],
+                                                tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("A longer prompt from a file.")
+    options = [str(trained[0]), "--length", "8", "--jsonl"]
+    prompts = ["--prompt", "The", "--prompt", "gecko ", "--prompt-file", str(tmp_path / "p.txt")]
+    lines = [json.loads(line) for line in run(capsys, *options, "--seed", "3", *prompts)[0].splitlines()]
+    assert sorted(line["index"] for line in lines) == [0, 1, 2]
+    for line in lines:
+        alone = run(capsys, *options, "--seed", str(3 + line["index"]), "--prompt", line["prompt"])[0]
+        assert json.loads(alone) == {**line, "index": 0}
+    out, err = run(capsys, str(trained[0]), "--length", "8", *prompts)
+    assert out.count("--- ") == 3
+    assert "3 prompts" in err
+
+
+def test_questions_from_a_saved_session(trained: Trained, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("The gecko climbs. " * 9)
+    session, options = str(tmp_path / "book.session"), [str(trained[0]), "--length", "8", "--temperature", "0"]
+    out, err = run(capsys, *options, "--prompt-file", str(tmp_path / "book.txt"), "--save-session", session)
+    assert f"saved: {session}, 163 tokens read" in err
+    assert run(capsys, *options, "--session", session)[0] == out[-9:]
+    whole = run(capsys, *options, "--prompt", "The gecko climbs. " * 9 + "Who?")[0]
+    assert "Who?" + whole.rpartition("Who?")[2] == run(capsys, *options, "--session", session, "--prompt", "Who?")[0]
+    two = run(capsys, *options, "--session", session, "--prompt", "Who?", "--prompt", "Where?", "--jsonl")[0]
+    assert "Who?" + next(json.loads(x) for x in two.splitlines() if "Who" in x)["text"] + "\n" == whole[-13:]
+
+
+def test_a_conversation(trained: Trained, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("The gecko climbs. " * 5)
+    lines = ["/help", "/read book.txt", "/set length 6", "/set temperature 0", "who?", "/list", "/fork other", "where?",
+             "/switch main", "/rewind", "who?", "/save main.session", "/load main.session third", "", "/list",
+             "/template Q: {}\\nA:", "//x", "/set", "/fourk x", "/set top-p 7", "/rewind 99", "/fork main", "/read",
+             "/read nowhere.txt", "/switch nobody", "/template x", "/load main.session", "/set length x", "/quit", "x"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    out, err = run(capsys, str(trained[0]), "--interactive")
+    answers = [line for line in out.replace("\n", "|").split("[")]
+    asked = [a.partition("]> ")[2] for a in answers if "]> " in a]
+    assert len(asked) == len(lines) - 1  # /quit is the end
+    assert asked[4] == asked[10] != ""  # the same question after /rewind
+    assert Path("main.session").exists()
+    for words in ("/fork NAME", "book.txt: 90 tokens read", "(6 tokens", "* third:", "unknown command /fourk. Did you",
+                  "top_p=7.0: must be", "/rewind 99", "'main' exists already", "/read FILE: what is missing?",
+                  "nowhere.txt: No such file", "no session 'nobody'", "must hold {}", "needs a name", "'x'",
+                  "temperature 0.0"):  # fmt: skip
+        assert words in err, words
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_session(trained: Trained, capsys: pytest.CaptureFixture[str],
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    from gecko_lab.generation import Session
+
+    generate, read = Session.generate, Session.read
+
+    def interrupted(self: Session, *options: object) -> Iterator[str]:
+        for i, piece in enumerate(generate(self, *options)):  # type: ignore[arg-type]
+            if i == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield piece
+
+    def broken(self: Session, what: object, progress: Callable[[int], None] = lambda count: None) -> None:
+        if len(what) > 50:  # type: ignore[arg-type]
+            signal.raise_signal(signal.SIGINT)
+        read(self, what, progress)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Session, "generate", interrupted)
+    monkeypatch.setattr(Session, "read", broken)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab\n" + "x" * 60 + "\n/list\n"))
+    _, err = run(capsys, str(trained[0]), "--interactive", "--length", "30", "--temperature", "0")
+    assert "stopped)" in err
+    assert "(not read)" in err
+    count = int(err.partition("* main: ")[2].partition(" tokens")[0])
+    assert 3 + 3 < count < 20  # BOS, the line, and what was made before the signal; not the long line
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
