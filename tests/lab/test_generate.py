@@ -201,8 +201,7 @@ def test_a_conversation(trained: Trained, capsys: pytest.CaptureFixture[str], tm
              "/read nowhere.txt", "/switch nobody", "/template x", "/load main.session", "/set length x", "/quit", "x"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     out, err = run(capsys, str(trained[0]), "--interactive")
-    answers = [line for line in out.replace("\n", "|").split("[")]
-    asked = [a.partition("]> ")[2] for a in answers if "]> " in a]
+    asked = [part.partition("]> ")[2] for part in out.replace("\n", "|").split("[") if "]> " in part]
     assert len(asked) == len(lines) - 1  # /quit is the end
     assert asked[4] == asked[10] != ""  # the same question after /rewind
     assert Path("main.session").exists()
