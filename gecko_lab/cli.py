@@ -46,6 +46,8 @@ def print_help(module: str, text: str, root: Any, options: dict[str, list[str]])
 
 def written(value: Any) -> str:
     """A value as the command line writes it."""
+    if isinstance(value, list):
+        return f"[{','.join(written(v) for v in value)}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

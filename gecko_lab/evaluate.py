@@ -170,8 +170,7 @@ def _task(options: argparse.Namespace) -> int:
 
 
 def _print_task(task: Task, results: dict[str, Any], files: list[Path]) -> None:
-    console = Console(highlight=False)
-    console = Console(highlight=False, soft_wrap=True, width=max(console.width, 120))  # a table is not for folding
+    console = Console(soft_wrap=True, highlight=False)
     model, facts = results["model"], {}
     if model is not None:
         step = "" if model["step"] is None else f", step {model['step']:,}"
@@ -189,7 +188,8 @@ def _print_task(task: Task, results: dict[str, Any], files: list[Path]) -> None:
         for row in sheet.rows:
             table.add_row(*(escape(column.show(row)) for column in sheet.columns))
         console.print("")
-        console.print(table)
+        whole = console.measure(table, options=console.options.update(max_width=1000)).maximum
+        Console(highlight=False, width=max(console.width, whole)).print(table)  # numbers are not for folding
 
 
 def _list_tasks() -> int:
