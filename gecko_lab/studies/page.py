@@ -28,6 +28,7 @@ td { font-variant-numeric: tabular-nums; }
 .note, figcaption { color: var(--soft); font-size: .84rem; margin: .5rem 0 0; } figure { margin: 0 0 1.4rem; }
 svg { width: 100%; height: auto; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
+.grid svg { max-width: 34rem; }
 pre { background: color-mix(in srgb, var(--soft) 10%, transparent);
   padding: .6rem .8rem; overflow-x: auto; font-size: .82rem; margin: .2rem 0 1rem; }
 @media (max-width: 60rem) { .chart { overflow-x: auto; } .chart svg { min-width: 46rem; } }
