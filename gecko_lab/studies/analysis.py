@@ -91,8 +91,9 @@ def analyse(record: StudyRecord, baseline: str | None = None) -> Analysis:
     if not main:
         states = ", ".join(f"{n} {state}" for state, n in counts.items()) or "none at all"
         reasons = sorted({t.error.strip().splitlines()[-1] for t in record.trials if t.error and t.error.strip()})
+        none = "only trials that tune an arm complete, none" if complete else "no complete trial"
         raise LabError(
-            f"the study {record.name} has no complete trial to report (trials: {states}); run it further with "
+            f"the study {record.name} has {none} to report (trials: {states}); run it further with "
             "the command that began it" + (f". Trials failed with: {'; '.join(reasons[:3])}" if reasons else "")
         )
     best = (min if record.direction == "minimize" else max)(main, key=lambda t: t.value or 0.0)

@@ -38,7 +38,7 @@ def table(record: StudyRecord, rows: int = 30) -> Table:
 
 def choice(trial: TrialRecord) -> str:
     """The parameters that the sampler chose, short."""
-    show = lambda v: f"{v:.3g}" if isinstance(v, float) else str(v)
+    show = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
     return " ".join(f"{k.rsplit('.', 1)[-1]}={show(v)}" for k, v in trial.params.items())
 
 
@@ -48,7 +48,8 @@ def best_line(record: StudyRecord) -> str:
     if not done:
         return ""
     best = (min if record.direction == "minimize" else max)(done, key=lambda t: t.value or 0.0)
-    what = " ".join(filter(None, [best.arm, choice(best), f"seed {best.seed}"]))
+    arm = best.arm if len(record.arms) > 1 else ""
+    what = " ".join(filter(None, [arm, choice(best), f"seed {best.seed}"]))
     return f"best: trial {best.number}, {what}: {best.value:.4f}"
 
 

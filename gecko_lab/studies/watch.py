@@ -28,11 +28,13 @@ def watch(storage: BaseStorage, name: str, threads: list[threading.Thread]) -> N
     alive = True
     while alive:
         alive = _wait(threads)
-        for trial in load_study(storage, name).trials:
+        record = load_study(storage, name)
+        for trial in record.trials:
             if trial.ended and trial.number not in said:
                 said.add(trial.number)
                 value = "" if trial.value is None else f" {trial.value:.4f}"
-                what = " ".join(filter(None, [trial.arm, f"seed {trial.seed}", choice(trial)]))
+                arm = trial.arm if len(record.arms) > 1 else ""
+                what = " ".join(filter(None, [arm, f"seed {trial.seed}", choice(trial)]))
                 console.print(f"trial {trial.number:4d} {trial.state}{value}: {what} {trial.error or ''}", markup=False)
 
 

@@ -19,6 +19,7 @@ from gecko_lab.studies import exhibits, figures, svg
 from gecko_lab.studies.analysis import analyse
 from gecko_lab.studies.curves import curves
 from gecko_lab.studies.page import page
+from gecko_lab.studies.table import best_line
 
 
 def drawings(html: str) -> list[ET.Element]:
@@ -119,6 +120,9 @@ def test_without_a_complete_trial_there_is_no_report(tmp_path: Path) -> None:
     study.trials = [trial(0, "gecko", 0, None, tmp_path, error="boom: out of memory")]
     with pytest.raises(LabError, match=r"no complete trial.*1 failed.*boom: out of memory"):
         analyse(study)
+    study.trials = [trial(0, "gecko", 1000, 2.0, tmp_path, stage="tune")]
+    with pytest.raises(LabError, match=r"only trials that tune an arm complete.*1 complete"):
+        analyse(study)
     study.trials = []
     with pytest.raises(LabError, match="none at all"):
         analyse(study)
@@ -144,6 +148,14 @@ def test_a_search_names_its_best_and_what_mattered(tmp_path: Path) -> None:
     assert {f.slug for f in exhibits.figure_set(result)} >= {"importance", "slice_optim_lr", "slice_model_norm"}
     assert len(drawings(page(result))) == 5
     assert not analyse(search(tmp_path, 4)).importances
+
+
+def test_the_line_on_the_best_trial_names_what_tells_trials_apart(tmp_path: Path) -> None:
+    study = search(tmp_path)
+    study.trials[0].value, study.trials[0].params = 0.1, {"model.norm.beta2": 0.9999}
+    assert best_line(study) == "best: trial 0, beta2=0.9999 seed 0: 0.1000"
+    study = ablation(tmp_path, 1)
+    assert best_line(study).startswith("best: trial 3, a<b> & long_name seed 0: ")
 
 
 def test_a_search_over_arms_keeps_them_apart(tmp_path: Path) -> None:
