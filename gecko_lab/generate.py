@@ -14,7 +14,7 @@ from rich.console import Console
 from .artifacts import add_device_argument, add_model_arguments, device_named, open_artifact
 from .cli import guarded
 from .errors import LabError
-from .generation import Sampling, Session, StopText, answers
+from .generation import PIECE, Sampling, Session, StopText, answers
 from .generation.sampling import RULES
 from .generation.session_file import check_target
 from .generation.terminal import clean, reading
@@ -26,6 +26,7 @@ error. A prompt may have any length: it is read in pieces, and memory does not g
 Several prompts are continued side by side, each as it would be alone. --save-session keeps the state after a long
 document in a small file, from which --session asks any number of questions. --interactive is a conversation with it."""
 INTERRUPTED = 130
+CPU_PIECE = 1024  # tokens read between two looks at the progress bar and at Ctrl-C
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,10 +102,11 @@ def _main(options: argparse.Namespace) -> int:
         err.print(f"note: {note}")
     err.print(f"model: {artifact.name}, on {device}")
     model = artifact.model.to(device)
+    piece = PIECE if device.type == "cuda" else CPU_PIECE
     if options.session is None:
-        session = Session(model, tokenizer)
+        session = Session(model, tokenizer, piece=piece)
     else:
-        session = Session.load(options.session, model, tokenizer)
+        session = Session.load(options.session, model, tokenizer, piece=piece)
         err.print(f"session: {options.session}, {session.length:,} tokens read")
     if len(prompts) > 1:
         return _several(session, prompts, sampling, stop, options, err)

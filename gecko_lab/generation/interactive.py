@@ -167,7 +167,8 @@ class Conversation:
         if not file:
             raise LabError("/load FILE NAME: the new session needs a name")
         self._new(name)
-        self.sessions[name] = Session.load(file.strip(), self.session.model, self.session.tokenizer)
+        here = self.session
+        self.sessions[name] = Session.load(file.strip(), here.model, here.tokenizer, piece=here.piece)
         self.undo[name], self.name = deque(), name
 
     def set_template(self, text: str) -> None:

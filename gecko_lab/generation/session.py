@@ -69,6 +69,11 @@ class Session:
         return self._here.length + len(self._pending)
 
     @property
+    def piece(self) -> int:
+        """Tokens that are read at once."""
+        return self._reader.piece
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the state."""
         return states.nbytes(self.mark().state)
@@ -154,7 +159,7 @@ class Session:
 
     def fork(self) -> Session:
         """Another session at the same place; the two go on independently."""
-        other = Session(self.model, self.tokenizer, bos_id=self.bos_id, piece=self._reader.piece)
+        other = Session(self.model, self.tokenizer, bos_id=self.bos_id, piece=self.piece)
         other.rewind(self.mark())
         return other
 
@@ -166,9 +171,10 @@ class Session:
         session_file.save(Path(path), self.model, self.tokenizer, self.bos_id, self.mark())
 
     @classmethod
-    def load(cls, path: str | Path, model: LanguageModel, tokenizer: Tokenizer | None = None) -> Session:
+    def load(cls, path: str | Path, model: LanguageModel, tokenizer: Tokenizer | None = None, *, piece: int = PIECE,
+             ) -> Session:
         """Go on where ``save`` was called. LabError: no session, a damaged one, another model, tokenizer or version."""
-        session = cls(model, tokenizer)
+        session = cls(model, tokenizer, piece=piece)
         session.bos_id, mark = session_file.load(Path(path), session.model, tokenizer)
         session._reader.bos_id = session.bos_id
         session.rewind(mark)

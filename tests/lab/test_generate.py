@@ -49,6 +49,20 @@ def test_byte_level_bpe_becomes_whole_characters(tmp_path: Path) -> None:
     assert [p for p in pieces_of(f"hf:{tmp_path / 't.json'}", tokens) if p] == list(text)
 
 
+def test_a_word_after_the_prompt_keeps_its_space(tmp_path: Path) -> None:
+    """Tokenizers that write a space before each word drop it at the beginning of a text: a stream is none."""
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"\u2581a": 0, "\u2581b": 1, "?": 2}, unk_token="?"))
+    model.pre_tokenizer, model.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    model.save(str(tmp_path / "t.json"))
+    tokenizer = load_tokenizer(f"hf:{tmp_path / 't.json'}")
+    tokens = tokenizer.encode("a b a").tolist()
+    assert tokens == [0, 1, 0]
+    stream = TextStream(tokenizer, tokens[:1])
+    assert [stream.push(1), stream.push(0)] == [" b", " a"]
+    assert TextStream(tokenizer).push(1) == "b"
+
+
 def test_the_command_prints_what_the_model_says(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained[0]
     arguments = [str(run), "--prompt", "The \u58c1", "--length", "40", "--temperature", "0"]
