@@ -133,10 +133,10 @@ def _main(options: argparse.Namespace) -> int:
     if not options.jsonl:
         sys.stdout.write(clean(text if len(text) <= 2000 else f"...{text[-200:]}"))
     began, answer = time.perf_counter(), ""
-    for piece in session.generate(options.length, sampling, stop):
-        answer += piece
+    for part in session.generate(options.length, sampling, stop):
+        answer += part
         if not options.jsonl:
-            sys.stdout.write(clean(piece))
+            sys.stdout.write(clean(part))
             sys.stdout.flush()
     seconds = max(time.perf_counter() - began, 1e-9)
     made, finish = session.length - made_before, session.finish or "length"
