@@ -18,7 +18,7 @@ from .files import read_rows, share
 from .subject import Subject
 
 FORM = "rows {ordered_kv_records: [[key, value], ...], key, value}"
-PROMPT = "A JSON object:\n\n{records}\n\nIn this object the value of the key \"{key}\" is"
+PROMPT = 'A JSON object:\n\n{records}\n\nIn this object the value of the key "{key}" is'
 
 
 @TASKS.register("key_value")

@@ -15,13 +15,13 @@ from ..components import state as states
 from ..components.registry import nearest, option
 from ..decoder import Decoder
 from ..errors import LabError
-from ..evaluation import find_text
 from . import state_norms
 from .base import TASKS, Column, Progress, Sheet, Task, nothing
 from .figures import Line, lines
 from .meter import Meter
 from .streams import BLOCK, KINDS, Streams
 from .subject import Subject
+from .text import text_of
 
 GROUPS = 32  # of neighbouring blocks in a bucket, whose means give the standard error
 
@@ -69,7 +69,7 @@ class Length(Task):
     def check(self, subject: Subject) -> None:
         """Find the text: LabError where there is none, too little, or of another tokenizer."""
         c = self.config
-        self.text = find_text(subject.artifact, c.data, c.split, subject.tokenizer)
+        self.text = text_of(subject, c.data, c.split)
         self.streams = Streams(self.text.source, subject.tokenizer, c.documents, c.streams, c.tokens, self.text.name)
         longest = int(self.streams.lengths[0])
         if longest < 2 * c.first:

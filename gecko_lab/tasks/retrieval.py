@@ -15,11 +15,11 @@ import torch
 from ..components import state as states
 from ..components.registry import option
 from ..errors import LabError
-from ..evaluation import find_text
 from .base import Column, Progress, Sheet, Task, nothing
 from .figures import Line, heat_map, lines, tokens
 from .haystack import Hay, Item, prompt, split_answer
 from .subject import Subject
+from .text import text_of
 
 
 @dataclass
@@ -61,6 +61,8 @@ class Retrieval(Task):
         for name in ("samples", "batch", "piece"):
             if getattr(config, name) < 1:
                 raise LabError(f"{name}={getattr(config, name)}: must be at least 1")
+        if config.seed < 0:
+            raise LabError(f"seed={config.seed}: must not be negative")
 
     def item(self, random: np.random.Generator, depth: float | None) -> Item:
         """A haystack's needles and questions; the same for the same ``random``."""
@@ -80,9 +82,11 @@ class Retrieval(Task):
         self.lengths = sorted({round(v * (window or 0)) if relative else round(v) for v, relative in self.sizes})
         text = None
         if self.config.data is not None:
-            text = find_text(subject.artifact, self.config.data, self.config.split, subject.tokenizer)
+            text = text_of(subject, self.config.data, self.config.split)
         self.text = "filler sentences" if text is None else text.name
         self.hay = Hay(subject.tokenizer, text, self.lengths[-1])
+        asks = [q.ask for i in range(self.config.samples) for q in self.item(self._random(i), 0.5).questions]
+        self.tail = max(len(subject.tokenizer.encode(ask)) for ask in asks)  # kept free for the longest question
         for length in self.lengths:
             self._batch(subject, Case(length, None if self.spread else 0.5), range(1))
 
@@ -109,19 +113,20 @@ class Retrieval(Task):
             rows.append(row)
         return {"rows": rows, "window": subject.window, "haystack": self.text, "chance": self.chance()}
 
+    def _random(self, *sample: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.seed, *sample])
+
     def _batch(self, subject: Subject, case: Case, samples: range) -> tuple[list[Item], torch.Tensor, list[Any]]:
         """The items, their haystacks (B, L) and, for each question, the (ask, answer) tokens of every row."""
         tokenizer, items, straw, pairs = subject.tokenizer, [], [], []
         for sample in samples:
-            random = np.random.default_rng([self.config.seed, sample])
-            item = self.item(random, case.depth)
+            item = self.item(self._random(sample), case.depth)
             asked = [split_answer(tokenizer, q.ask, q.answer) for q in item.questions]
             items.append(item)
             pairs.append(asked)
-        tail = max(len(ask) for asked in pairs for ask, _ in asked)
         for item, sample in zip(items, samples):
-            random = np.random.default_rng([self.config.seed, sample, 1])
-            straw.append(prompt(item, tokenizer, self.hay, case.length, tail, random, planted=case.planted))
+            place = self._random(sample, 1)
+            straw.append(prompt(item, tokenizer, self.hay, case.length, self.tail, place, planted=case.planted))
         return items, torch.from_numpy(np.stack(straw)), pairs
 
     def _ask(self, subject: Subject, case: Case, samples: range) -> Iterator[dict[str, Any]]:

@@ -57,6 +57,10 @@ def test_one_who_guesses_finds_nothing(overrides: list[str], subject: Subject) -
     assert row["nats"] == pytest.approx(np.log(257), abs=1.5)  # an untrained model
     assert abs(row["gain"]) < 1.0
     assert run_task(configure([*overrides, "lengths=[6x]", "depths=[0.5]", "samples=4"]), subject)["rows"] == [row]
+    uneven = [*overrides, "lengths=[6x]", "depths=[0.5]", "samples=4", "batch=3"]
+    (other,) = run_task(configure(uneven), subject)["rows"]
+    keys = ("accuracy", "nats", "gain")
+    assert [other[k] for k in keys] == pytest.approx([row[k] for k in keys], abs=1e-5)
     other = run_task(configure([*overrides, "lengths=[6x]", "depths=[0.5]", "samples=4", "seed=1"]), subject)["rows"]
     assert other != [row]
 
@@ -71,8 +75,8 @@ def test_a_prompt_has_its_length_and_its_needle_at_its_depth(depth: float, subje
     for item, row, asked in zip(items, straw, pairs):
         ((needle, _),), ((ask, answer),) = item.needles, asked
         said = subject.tokenizer.decode(row.tolist())
-        longest = max(len(a[0][0]) for a in pairs)
-        assert len(row) + longest == 2000
+        assert len(row) + task.tail == 2000
+        assert len(ask) <= task.tail
         assert row[0] == subject.tokenizer.bos_id
         assert (row == subject.tokenizer.bos_id).sum() == 1
         assert said.count(needle) == 1
@@ -113,9 +117,10 @@ def test_needles_keep_their_order(subject: Subject) -> None:
         (["task=passkey", "lengths=[a]"], "as 2x"),
         (["task=passkey", "lengths=[]"], "lengths=[]"),
         (["task=passkey", "depths=[2]"], "from 0"),
-        (["task=passkey", "data=nowhere.txt"], "nowhere.txt"),
+        (["task=passkey", "data=nowhere.txt"], "nowhere.txt: no such file or folder [data= takes UTF-8 text or .jsonl"),
         (["task=passkey", "data=SHORT", "lengths=[1000]"], "longest prompt 1,000"),
         (["task=passkey", "samples=0"], "samples=0"),
+        (["task=passkey", "seed=-1"], "seed=-1"),
         (["task=needle", "kind=sinlge"], "Did you mean 'single'"),
         (["task=needle", "haystack=text"], "data=FILE"),
         (["task=needle", "keys=99"], "keys=99"),
