@@ -17,7 +17,6 @@ from ..runtime import Kernel, Module
 from ..runtime.device import attribute
 
 THREADS, ROWS, GATE_THREADS, EMBEDDED, STAGES = 256, 16, 128, 1024, 5
-MOST_STAGED = 128 * 2**10  # bytes of activations that a block keeps in shared memory
 ELEMENTS = {torch.bfloat16: "bf16", torch.float32: "float"}
 LARGEST_HEAD = 4096
 SPILL_BUDGET = 32  # bytes, outside of the loops: of the float32 products on sm_80 and sm_89
@@ -46,8 +45,10 @@ def _mix_module(features: int, modes: int, complex_: bool, decay: bool, dtype: t
     )
 
 
-def _project_module(tokens: int, aligned: bool, staged: bool, dtype: torch.dtype) -> Module:
-    return _PROJECT.specialise(ELEMENT=ELEMENTS[dtype], TOKENS=tokens, ALIGNED=int(aligned), STAGED=int(staged))
+def _project_module(tokens: int, aligned: bool, staged: bool, dtype: torch.dtype, stages: int = STAGES) -> Module:
+    return _PROJECT.specialise(
+        ELEMENT=ELEMENTS[dtype], TOKENS=tokens, ALIGNED=int(aligned), STAGED=int(staged), STAGES=stages
+    )
 
 
 def _attend_module(keys: bool, values: bool, dtype: torch.dtype) -> Module:
@@ -200,13 +201,19 @@ class _Products:
         batch, columns = x.shape
         tokens = next(size for size in (8, 16, 32) if batch <= size or size == 32)
         aligned = columns * x.element_size() % 16 == 0
-        pipelined = aligned and x.dtype == torch.bfloat16
-        most = min(batch, tokens) * (columns + 32) * x.element_size()
-        staged = pipelined and most <= MOST_STAGED
-        self.module = _project_module(tokens, aligned, staged, x.dtype)
-        self.smem = pipelined * STAGES * 4 * THREADS * 16 + staged * most
+        index, staged, stages, self.smem, blocks = chain.device_index, False, STAGES, 0, 4
+        if aligned and x.dtype == torch.bfloat16:
+            blocks, piece = 1, 16 * THREADS
+            room = attribute(index, "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN") - 4 * tokens * (8 * (2 * ROWS + 1) + 2)
+            most = min(batch, tokens) * (columns + 32) * x.element_size()
+            staged = most + 4 * 4 * piece <= room
+            stages = min(STAGES, (room - most) // (4 * piece) if staged else room // (8 * piece))
+            # Half a multiprocessor's memory at least: no two blocks shall share one while another has none.
+            alone = min(attribute(index, "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR") // 2, room)
+            self.smem = max(stages * (4 if staged else 8) * piece + staged * most, alone)
+        self.module = _project_module(tokens, aligned, staged, x.dtype, stages)
         self.groups = -(-batch // tokens)
-        self.blocks = attribute(chain.device_index, "MULTIPROCESSOR_COUNT") * (1 if pipelined else 4)
+        self.blocks = blocks * attribute(index, "MULTIPROCESSOR_COUNT")
 
     def grid(self, tiles: int) -> tuple[int, int]:
         return min(tiles, self.blocks), self.groups
