@@ -19,7 +19,6 @@ from ..runtime.device import attribute
 THREADS, ROWS, GATE_THREADS, EMBEDDED, STAGES = 256, 16, 128, 1024, 5
 ELEMENTS = {torch.bfloat16: "bf16", torch.float32: "float"}
 LARGEST_HEAD = 4096
-SPILL_BUDGET = 32  # bytes, outside of the loops: of the float32 products on sm_80 and sm_89
 _ARGUMENTS = {
     "begin": "PPPPPPPPPPPPPfiiqiii",
     "mix": "PPPPPPPPPPPPPPPffffddf",
@@ -56,12 +55,11 @@ def _attend_module(keys: bool, values: bool, dtype: torch.dtype) -> Module:
 
 
 def modules() -> list[Module]:
-    """What the 7B shape needs for few and for many rows in bf16, and the products in float32."""
+    """What the 7B shape needs in bf16, for few rows and for many."""
     return [
         _mix_module(64, 16, True, True, torch.bfloat16),
         _project_module(8, True, True, torch.bfloat16),
-        _project_module(32, True, False, torch.bfloat16),
-        _project_module(8, True, False, torch.float32),
+        _project_module(16, True, False, torch.bfloat16),
         _attend_module(True, True, torch.bfloat16),
     ]
 
