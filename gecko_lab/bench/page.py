@@ -15,16 +15,25 @@ from .plot import context_plot
 
 TOP = """# Performance
 
-Written by `python -m gecko_lab.bench.page` from the results of these commands:
-
-```
-{commands}
-```
-
-{device}; torch {torch}, CUDA {cuda}; {dtype}. Ceilings measured there: copy {copy:.2f} TB/s (read and write), matrix
-product {matmul:.0f} TFLOP/s. A floor is the larger of the bytes that must move over the one and the operations of the
-matrix products over the other (`gecko_lab/bench/cost.py`). Times are ms, medians.
+Written by `python -m gecko_lab.bench.page` from the results of the commands under each heading. A floor is the larger
+of the bytes that must move over the machine's copy rate and the operations of the matrix products over its product
+rate (`gecko_lab/bench/cost.py`), both measured in the same run. Times are ms, medians.
 """
+
+
+def machine(found: dict[str, Any]) -> list[str]:
+    """Where and how a file was measured."""
+    rates, versions = found["ceilings"], found["versions"]
+    return [
+        f"{found['device']}, torch {versions['torch']}, CUDA {versions['cuda']}, {found['dtype']}; copy "
+        f"{rates['copy_tbps']:.2f} TB/s (read and write), matrix product {rates['matmul_tflops']:.0f} TFLOP/s. "
+        + found.get("note", ""),
+        "",
+        "```",
+        *found.get("commands", [found["command"]]),
+        "```",
+        "",
+    ]
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ GOALS = (
     Goal("gecko_block", "1b-b1-l32768", "fwd+bwd", 36.0, 30.0,
          "at this width products are two thirds of the time, and passes over memory count twice as much as at 7B"),
     Goal("gecko_model", "1b-b1-l32768", "fwd+bwd", 310.0, 265.0,
-         "`trainer.loss_chunk=0` keeps the logits in bfloat16: one product of the head less"),
+         "eight blocks are most of it; the head makes its logits twice, which `trainer.loss_chunk=0` spares (a product)"),
     Goal("decode", "7b-b1-l4096", "fwd", 1.2, 0.85,
          "the weights are read once a step; the rest is the step's chain of small kernels"),
     Goal("decode", "7b-b16-l4096", "fwd", 5.0, 3.0, "keys and values of sixteen rows are read beside the weights"),
@@ -63,25 +72,40 @@ GOALS = (
 
 
 def goals(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A table of the goals that were measured."""
+    """A table of the goals that were measured, and what would reach the aims that were not."""
     measured = {(r["name"], r["shape"], r["mode"]): r for r in rows if r["backend"] == "cuda"}
     lines = ["| | mode | ms | floor | GiB | reach | aim | |", "|---|---|--:|--:|--:|--:|--:|---|"]
-    notes = []
+    notes, absent = [], []
     for goal in GOALS:
+        name = f"{goal.name} {goal.shape}"
         row = measured.get((goal.name, goal.shape, goal.mode))
         if row is None or row["ms"] is None:
-            reason = "not measured" if row is None else row["error"]
-            cells = ["-", "-", "-", f"{goal.reach:g}", f"{goal.aim:g}", reason]
-        else:
-            ms = row["ms"]
-            word = "aim" if ms <= goal.aim else "reach" if ms <= goal.reach else "missed"
-            peak = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
-            cells = [f"{ms:.2f}", f"{row['floor_ms']:.2f}", peak, f"{goal.reach:g}", f"{goal.aim:g}", word]
-            if ms > goal.aim:
-                over = f"{ms - goal.aim:.2f} ms above the aim"
-                notes.append(f"- {goal.name} {goal.shape} {goal.mode}: {over}; {goal.hint}.")
-        lines.append(f"| {goal.name} {goal.shape} | {goal.mode} | " + " | ".join(cells) + " |")
-    return [*lines, "", *notes] if notes else lines
+            absent.append(f"{name} {goal.mode}" + ("" if row is None else f" ({row['error']})"))
+            continue
+        ms = row["ms"]
+        word = "aim" if ms <= goal.aim else "reach" if ms <= goal.reach else "missed"
+        peak = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
+        cells = [f"{ms:.2f}", f"{row['floor_ms']:.2f}", peak, f"{goal.reach:g}", f"{goal.aim:g}", word]
+        lines.append(f"| {name} | {goal.mode} | " + " | ".join(cells) + " |")
+        if ms > goal.aim:
+            notes.append(f"- {name} {goal.mode}: {ms - goal.aim:.2f} ms above the aim; {goal.hint}.")
+    if absent:
+        notes.append(f"- Not measured in this run: {', '.join(absent)}.")
+    return [*lines, "", *notes]
+
+
+def peers(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The Llama blocks and the attentions of the baselines, where a file has them."""
+    names = ("llama_block", "lab_llama_block", "full_documents", "sliding_window_documents", "chunk_documents")
+    found = [r for r in rows if r["name"] in names and r["ms"] is not None]
+    if not found:
+        return []
+    lines = ["", "Baselines of the same run:", "", "| | shape | mode | backend | ms | floor | GiB |",
+             "|---|---|---|---|--:|--:|--:|"]  # fmt: skip
+    for r in sorted(found, key=lambda r: (names.index(r["name"]), r["shape"], r["mode"])):
+        cells = (r["name"], r["shape"], r["mode"], r["backend"], f"{r['ms']:.2f}", f"{r['floor_ms']:.2f}")
+        lines.append("| " + " | ".join(cells) + f" | {r['peak_gib'] or 0:.2f} |")
+    return lines
 
 
 def block(found: dict[str, Any]) -> list[str]:
@@ -130,21 +154,14 @@ def _numbers(group: Sequence[dict[str, Any]], total: float, floor: float | None)
     return f"{calls:.0f} | {ms:.3f} | {100 * ms / total:.1f} % | {'' if floor is None else f'{floor:.3f}'} |"
 
 
-def page(profile: dict[str, Any], context: dict[str, Any], bench: dict[str, Any], image: str) -> str:
+def page(profile: dict[str, Any], context: dict[str, Any], benches: Sequence[dict[str, Any]], image: str) -> str:
     """docs/performance.md."""
-    sources = [found for found in (bench, profile, context) if found]
-    commands = [found["command"] for found in sources]
-    if len({found["device"] for found in sources}) > 1:
-        raise ValueError(f"results of different devices: {', '.join(str(found['device']) for found in sources)}")
-    machine = profile
-    top = TOP.format(
-        commands="\n".join(commands), device=machine["device"], torch=machine["versions"]["torch"],
-        cuda=machine["versions"]["cuda"], dtype=machine["dtype"], copy=machine["ceilings"]["copy_tbps"],
-        matmul=machine["ceilings"]["matmul_tflops"],
-    )  # fmt: skip
-    lines = [top, "## Goals", "", *goals(bench["rows"] if bench else []), ""]
+    lines = [TOP]
+    for found in benches:
+        lines += [f"## Goals, {found['device']}", "", *machine(found), *goals(found["rows"]), *peers(found["rows"]), ""]
     for found in profile["blocks"][:1]:
-        lines += [*block(found), ""]
+        title, _, *rest = block(found)
+        lines += [title, "", *machine(profile), *rest, ""]
     others = [
         f"{found['shape']}: Gecko {found['gecko']['ms']:.1f} ms (floor {found['gecko']['floor_ms']:.1f}), "
         f"Llama compiled {found['llama']['ms']:.1f} ms."
@@ -155,6 +172,7 @@ def page(profile: dict[str, Any], context: dict[str, Any], bench: dict[str, Any]
     lines += [
         "## Time of a token against the length of the context",
         "",
+        *machine(context),
         f"![time of a token against the length of the context]({image})",
         "",
         f"One block ({context['shape']}, batch 1), microseconds a token. Inference reads the whole context: Gecko in "
@@ -189,18 +207,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = Path("benchmarks/results")
     made.add_argument("--profile", type=Path, default=results / "profile.json", help="of gecko_lab.bench.profile")
     made.add_argument("--context", type=Path, default=results / "context.json", help="of gecko_lab.bench.context")
-    made.add_argument("--bench", type=Path, help="of gecko_lab.bench, for the table of goals")
+    made.add_argument("--bench", type=Path, nargs="*", default=[], help="of gecko_lab.bench, for the tables of goals")
     made.add_argument("--docs", type=Path, default=Path("docs"), help="folder of performance.md (docs)")
     options = made.parse_args(arguments)
-    read = {
-        name: json.loads(path.read_text()) if path else {}
-        for name, path in (("profile", options.profile), ("context", options.context), ("bench", options.bench))
-    }
+    profile, context, *benches = (
+        json.loads(path.read_text()) for path in (options.profile, options.context, *options.bench)
+    )
     (options.docs / "images").mkdir(parents=True, exist_ok=True)
-    drawn = standalone(context_plot(read["context"]["rows"]))
-    (options.docs / "images" / "context.svg").write_text(drawn + "\n")
-    text = page(read["profile"], read["context"], read["bench"], "images/context.svg")
-    (options.docs / "performance.md").write_text(text)
+    (options.docs / "images" / "context.svg").write_text(standalone(context_plot(context["rows"])) + "\n")
+    (options.docs / "performance.md").write_text(page(profile, context, benches, "images/context.svg"))
     return 0
 
 

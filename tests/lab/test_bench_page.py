@@ -113,7 +113,8 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     for part in (
         "| gecko_block 7b-b1-l32768 | fwd+bwd | 90.00 | 60.00 | 7.00 | 98 | 86 | reach |", "4.00 ms above the aim",
         "| gates | forward | 2 | 1.500 | 100.0 % | 1.250 |", "Gecko 90.0 ms (89.0 to 91.0", "120.0 ms", "Some GPU",
-        "| 8,192 | 1 (1.0 GiB) |", "out of memory", "not measured", "- 1b: Gecko 90.0 ms", "images/context.svg",
+        "| 8,192 | 1 (1.0 GiB) |", "out of memory", "Not measured in this run: sliding_chunk_attention",
+        "- 1b: Gecko 90.0 ms", "images/context.svg",
     ):  # fmt: skip
         assert part in text, part
     drawn = ElementTree.parse(tmp_path / "images" / "context.svg").getroot()
@@ -121,11 +122,20 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     assert {"2K", "8K", "Gecko, reading", "Llama, forward and backward"} <= set(words)
 
 
-def test_results_of_two_machines_do_not_mix(tmp_path: Path) -> None:
+def test_each_heading_names_its_machine(tmp_path: Path) -> None:
     options = results(tmp_path)
-    other = json.loads((tmp_path / "context.json").read_text())
-    (tmp_path / "context.json").write_text(json.dumps({**other, "device": "Another"}))
-    with pytest.raises(ValueError, match="Some GPU, Another"):
-        page.main([*options, "--docs", str(tmp_path)])
+    other = json.loads((tmp_path / "bench.json").read_text())
+    row = {**other["rows"][0], "name": "lab_llama_block", "backend": "compiled"}
+    (tmp_path / "other.json").write_text(
+        json.dumps({**other, "device": "Another", "rows": [row], "commands": ["python -m a", "python -m b"]})
+    )
+    at = options.index("--bench") + 2
+    options.insert(at, str(tmp_path / "other.json"))
+    assert page.main([*options, "--docs", str(tmp_path)]) == 0
+    text = (tmp_path / "performance.md").read_text()
+    assert "## Goals, Some GPU" in text
+    assert "## Goals, Another" in text
+    assert "python -m a\npython -m b\n" in text
+    assert "| lab_llama_block | 7b-b1-l32768 | fwd+bwd | compiled | 90.00 | 60.00 | 7.00 |" in text
     with pytest.raises(ValueError, match="nothing to draw"):
         context_plot([])
