@@ -63,7 +63,7 @@ GOALS = (
     Goal("gecko_block", "1b-b1-l32768", "fwd+bwd", 36.0, 30.0,
          "at this width products are two thirds of the time, and passes over memory count twice as much as at 7B"),
     Goal("gecko_model", "1b-b1-l32768", "fwd+bwd", 310.0, 265.0,
-         "eight blocks are most of it; the head makes its logits twice, which `trainer.loss_chunk=0` spares (a product)"),
+         "most of it is the blocks; the head makes its logits twice, which `trainer.loss_chunk=0` spares"),
     Goal("decode", "7b-b1-l4096", "fwd", 1.2, 0.85,
          "the weights are read once a step; the rest is the step's chain of small kernels"),
     Goal("decode", "7b-b16-l4096", "fwd", 5.0, 3.0, "keys and values of sixteen rows are read beside the weights"),
