@@ -31,22 +31,24 @@ struct Shared {
     uint32_t flags[TILE / 32];
 };
 
-// The factors q^(31 - s) and (31 - s) q^(30 - s) of modes 4 j .. 4 j + 3; `q` is that of mode 4 j + g / 2.
-DEVICE void make_factors(uint4 (&to)[2][2][32], float2 q) {
+// The factors q^(31 - s) and (31 - s) q^(30 - s) of modes 4 j .. 4 j + 3; `decay` is that of mode 4 j + g / 2.
+DEVICE void make_factors(uint4 (&to)[2][2][32], float2 decay) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const Powers q(decay);
+    const float2 seven = times(times(q.four, q.two), q.one), nine = times(q.eight, q.one);
+    // Of the last step, 2 t + 9, of the second half; `below` has an exponent less, and does not count where that is -1.
+    float2 last = q.raise(make_float2(1.f, 0.f), 6 - 2 * t);
+    float2 below = q.raise(q.one, t < 3 ? 4 - 2 * t : 0);
+    if (g % 2) last = minus_i_times(last), below = minus_i_times(below);  // real parts are now the imaginary parts
 #pragma unroll
-    for (int block = 0; block < 2; ++block) {
-        float value[4], slope[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int exponent = CHUNK - 1 - (block * BLOCK + 2 * t + i % 2 + i / 2 * 8);
-            const float2 below = power(q, exponent > 0 ? exponent - 1 : 0);
-            const float2 full = exponent > 0 ? times(below, q) : below;
-            value[i] = g % 2 ? full.y : full.x;
-            slope[i] = exponent * (g % 2 ? below.y : below.x);
-        }
-        to[0][block][lane] = factor(value[0], value[1], value[2], value[3]);
-        to[1][block][lane] = factor(slope[0], slope[1], slope[2], slope[3]);
+    for (int block = 1; block >= 0; --block) {
+        const float exponent = 6 - 2 * t + (1 - block) * BLOCK;
+        const float one = real_of_product(last, q.one), eight = real_of_product(last, q.eight);
+        to[0][block][lane] = factor(real_of_product(last, nine), eight, one, last.x);
+        to[1][block][lane] = factor((exponent + 9.f) * eight, (exponent + 8.f) * real_of_product(last, seven),
+                                    (exponent + 1.f) * last.x, exponent * below.x);
+        below.x = real_of_product(last, times(q.eight, seven));
+        last = times(last, q.sixteen);
     }
 }
 
@@ -150,47 +152,57 @@ DEVICE void correlate_tile(const Shared& shared, int warp, Dual (&state)[4], Dua
     }
 }
 
-// x, dy (B, L, D); bos (B, L) or null; q (D, modes); along_u, along_v (B, D, modes).
+// x, dy (B, L, D); bos (B, L) or null; q (D, modes); along_u, along_v (gridDim.y, D, modes), whose sums over the first axis
+// are those over all batch rows.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     correlate(const bf16* x, const bf16* dy, const uint8_t* bos, const float2* q, float2* along_u, float2* along_v,
-              int length, int width, int modes) {
+              int batch, int length, int width, int modes) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int channel = blockIdx.x * CHANNELS + warp;
     const bool active = channel < width;
-    auto decay = [&](int n) {
-        return active && n < modes ? q[int64_t(channel) * modes + n] : make_float2(0.f, 0.f);
+    auto own_decay = [&] {  // of mode `lane`
+        return active && lane < modes ? q[int64_t(channel) * modes + lane] : make_float2(0.f, 0.f);
     };
+    const float2 decay = own_decay();
 
+    const int tiles = (length + TILE - 1) / TILE;
     const Mover mover(length, width, false);
-    mover.fetch(x, 0, shared.staged_x);
-    mover.fetch(dy, 0, shared.staged_dy);
-    copy_async_commit();
-    uint32_t drops = drops_state(bos, length, 0, false);
-    for (int j = 0; j < 4; ++j) make_factors(shared.factor[warp][j], decay(4 * j + g / 2));
-    make_decays(shared.decays[warp][0], decay(lane));
-    make_slopes(shared.decays[warp][1], decay(lane));
+    uint32_t drops;
+    auto fetch = [&](Item item) {
+        mover.fetch(x, item, shared.staged_x);
+        mover.fetch(dy, item, shared.staged_dy);
+        copy_async_commit();
+        drops = drops_state(bos, length, item, false);
+    };
+    Item item = {int(blockIdx.y), 0};
+    fetch(item);
+    for (int j = 0; j < 4; ++j) {
+        const int n = 4 * j + g / 2;
+        const float2 q_n = make_float2(__shfl_sync(ALL, decay.x, n), __shfl_sync(ALL, decay.y, n));
+        make_factors(shared.factor[warp][j], q_n);
+    }
+    make_decays(shared.decays[warp][0], decay);
+    make_slopes(shared.decays[warp][1], decay);
 
     Dual state[4], sums[4];
     float lags[2][2][4] = {};
 #pragma unroll
-    for (int j = 0; j < 4; ++j) state[j] = sums[j] = zero_dual();
+    for (int j = 0; j < 4; ++j) sums[j] = zero_dual();
 
-    const int tiles = (length + TILE - 1) / TILE;
-    for (int tile = 0; tile < tiles; ++tile) {
+    while (item.row < batch) {
         copy_async_wait<0>();
         mover.put(shared.x, mover.fetched(shared.staged_x));
         mover.put_reversed(shared.dy, mover.fetched(shared.staged_dy));
         const uint32_t flags = __ballot_sync(ALL, drops != 0);
         if (lane == 0) shared.flags[warp] = flags;
         __syncthreads();
-        if (tile + 1 < tiles) {
-            mover.fetch(x, tile + 1, shared.staged_x);
-            mover.fetch(dy, tile + 1, shared.staged_dy);
-            copy_async_commit();
-            drops = drops_state(bos, length, tile + 1, false);
-        }
+        if (item.tile == 0)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) state[j] = zero_dual();
+        item = item.next(tiles);
+        if (item.row < batch) fetch(item);
         if (active)
             for (int begin = 0, end = next_flag(shared.flags, 0);; end = next_flag(shared.flags, begin + 1)) {
                 if (begin == 0 && end == TILE)
@@ -233,11 +245,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         sum = shuffle(sum, t);
         if (lane / 4 == j) total = sum;
     }
-    const Dual own_decay = {decay(lane), make_float2(1.f, 0.f)};
+    const Dual to_next = {own_decay(), make_float2(1.f, 0.f)};
     Dual local = zero_dual();
     for (int k = CHUNK - 1; k >= 0; --k)
-        local = times_plus(own_decay, local, Dual{make_float2(__shfl_sync(ALL, lag, k), 0.f), make_float2(0.f, 0.f)});
-    total = times_plus(own_decay, total, local);
+        local = times_plus(to_next, local, Dual{make_float2(__shfl_sync(ALL, lag, k), 0.f), make_float2(0.f, 0.f)});
+    total = times_plus(to_next, total, local);
     if (active && lane < modes) {
         const int64_t at = (int64_t(blockIdx.y) * width + channel) * modes + lane;
         along_u[at] = total.value;

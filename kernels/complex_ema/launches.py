@@ -1,6 +1,6 @@
 """Launches of the moving average's kernels: contiguous CUDA tensors in, new tensors out."""
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -28,17 +28,17 @@ CORRELATE = Module(__file__, "correlate.cu", kernels=("correlate",))
 MODULES = (*SCAN.values(), FILTER, CORRELATE)
 
 # As in tiles.cuh.
-_CHANNELS, _TILE_THREADS, _TILE_MODES = 16, 512, 16
+_CHANNELS, _TILE, _TILE_THREADS, _TILE_MODES = 16, 512, 512, 16
 _TILED_LENGTH = 128  # below, a tile of 512 steps is mostly padding
-_FILTER_SHARED = 2 * 4 * _CHANNELS * 256 + 16 * _CHANNELS * 12 * 32 + 8 * _CHANNELS * 4 * _TILE_MODES + 64
+_FILTER_SHARED = 2 * 4 * _CHANNELS * 256 + 16 * _CHANNELS * 12 * 32 + 8 * _CHANNELS * 5 * _TILE_MODES + 64
 _FILTER = {
     reverse: FILTER.kernel(
-        f"filter<{'true' if reverse else 'false'}>", args="PPPPPPPPiii", block=_TILE_THREADS, smem=_FILTER_SHARED
+        f"filter<{'true' if reverse else 'false'}>", args="PPPPPPPPiiii", block=_TILE_THREADS, smem=_FILTER_SHARED
     )
     for reverse in (False, True)
 }
 _CORRELATE_SHARED = 4 * 4 * _CHANNELS * 256 + 16 * _CHANNELS * 16 * 32 + 8 * _CHANNELS * 8 * _TILE_MODES + 64
-_CORRELATE = CORRELATE.kernel("correlate", args="PPPPPPiii", block=_TILE_THREADS, smem=_CORRELATE_SHARED)
+_CORRELATE = CORRELATE.kernel("correlate", args="PPPPPPiiii", block=_TILE_THREADS, smem=_CORRELATE_SHARED)
 
 
 @cache
@@ -70,6 +70,27 @@ def _tiled(x: Tensor, modes: int, shared: int) -> bool:
     )
 
 
+@lru_cache(maxsize=4096)
+def _row_blocks(batch: int, tiles: int, strips: int, processors: int) -> int:
+    """How many blocks share the rows of `strips` stretches of channels, one block a multiprocessor at a time.
+
+    A block makes its factors once, in about the time of a tile, then runs its rows one after the other.
+    """
+
+    def tile_times(blocks: int) -> int:
+        return -(-strips * blocks // processors) * (1 + -(-batch // blocks) * tiles)
+
+    # The least number of blocks for every number of rows a block.
+    return min(sorted({-(-batch // rows) for rows in range(1, min(batch, 256) + 1)} | {1}), key=tile_times)
+
+
+def _tiled_grid(x: Tensor) -> tuple[int, int]:
+    batch, length, width = x.shape
+    strips = -(-width // _CHANNELS)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return strips, _row_blocks(batch, -(-length // _TILE), strips, processors)
+
+
 def filter_steps(
     x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, bos: Tensor | None, first: Tensor | None, *, reverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -92,32 +113,24 @@ def filter_steps(
         modes,
     )
     if _tiled(x, modes, _FILTER_SHARED):
-        _FILTER[reverse].launch(x.device.index, (-(-width // _CHANNELS), batch), *values)
+        _FILTER[reverse].launch(x.device.index, _tiled_grid(x), *values[:8], batch, *values[8:])
     else:
         _scan(f"scan_filter<{_TYPES[x.dtype]}, {'true' if reverse else 'false'}>", "PPPPPPPPiii", x, *values)
     return y, last
 
 
 def correlate(x: Tensor, dy: Tensor, q: Tensor, bos: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(along_u, along_v), (B, D, N) complex64, of gradients.parameter_gradients."""
+    """(along_u, along_v), (rows, D, N) complex64, of gradients.parameter_gradients: their sums over rows count."""
     batch, length, width = x.shape
     modes = q.shape[1]
-    sums = torch.empty((2, batch, width, modes), dtype=torch.complex64, device=x.device)
-    values = (
-        x.data_ptr(),
-        dy.data_ptr(),
-        _pointer(bos),
-        q.data_ptr(),
-        sums[0].data_ptr(),
-        sums[1].data_ptr(),
-        length,
-        width,
-        modes,
-    )
-    if _tiled(x, modes, _CORRELATE_SHARED) and dy.data_ptr() % 16 == 0:
-        _CORRELATE.launch(x.device.index, (-(-width // _CHANNELS), batch), *values)
+    tiled = _tiled(x, modes, _CORRELATE_SHARED) and dy.data_ptr() % 16 == 0
+    grid = _tiled_grid(x) if tiled else (0, batch)
+    sums = torch.empty((2, grid[1], width, modes), dtype=torch.complex64, device=x.device)
+    pointers = (x.data_ptr(), dy.data_ptr(), _pointer(bos), q.data_ptr(), sums[0].data_ptr(), sums[1].data_ptr())
+    if tiled:
+        _CORRELATE.launch(x.device.index, grid, *pointers, batch, length, width, modes)
     else:
-        _scan(f"scan_correlate<{_TYPES[x.dtype]}>", "PPPPPPiii", x, *values)
+        _scan(f"scan_correlate<{_TYPES[x.dtype]}>", "PPPPPPiii", x, *pointers, length, width, modes)
     return sums[0], sums[1]
 
 

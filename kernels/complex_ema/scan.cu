@@ -23,20 +23,6 @@ struct Place {
     DEVICE int64_t state(int width, int modes) const { return (int64_t(row) * width + channel) * modes + lane; }
 };
 
-// Lane s gets the sum over the group of the values at index s, as values[0].
-template <int HALF> DEVICE void sum_to_own_index(float (&values)[LANES], int lane) {
-    if constexpr (HALF > 0) {
-        const bool upper = lane & HALF;
-#pragma unroll
-        for (int i = 0; i < HALF; ++i) {
-            const float sent = upper ? values[i] : values[i + HALF];
-            const float kept = upper ? values[i + HALF] : values[i];
-            values[i] = kept + __shfl_xor_sync(ALL, sent, HALF);
-        }
-        sum_to_own_index<HALF / 2>(values, lane);
-    }
-}
-
 // The steps of a round in the order in which they are run; lane s loads step s.
 template <class T, bool REVERSE> struct Steps {
     const uint8_t* bos;

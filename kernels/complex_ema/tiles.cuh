@@ -26,15 +26,27 @@ struct Pair {
     uint4 even, odd;
 };
 
+// Copy 8 bytes to shared memory; zeros when `inside` is false (the source is then not read).
+DEVICE void copy_async_8(uint32_t to, const void* from, bool inside) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(inside ? 8 : 0) : "memory");
+}
+
 DEVICE void swap_halves(uint32_t& a, uint32_t& b) {
     const uint32_t low = __byte_perm(a, b, 0x5410);
     b = __byte_perm(a, b, 0x7632);
     a = low;
 }
 
-// A thread's part of a tile: steps first(), first() + 1 of channels channel() .. + 7.
+// A tile of a batch row. A block takes rows blockIdx.y, blockIdx.y + gridDim.y, ..., one after the other, tile by tile:
+// what it makes of the parameters serves all of them.
+struct Item {
+    int row, tile;
+    DEVICE Item next(int tiles) const { return tile + 1 < tiles ? Item{row, tile + 1} : Item{row + int(gridDim.y), 0}; }
+};
+
+// A thread's part of a tile: steps 2 word, 2 word + 1 of channels channel .. channel + 7.
 struct Mover {
-    int64_t start;  // of this thread's channels in the batch row
+    int64_t start;  // of this thread's channels in a batch row
     int length, width, channel, word;
     bool inside, reverse;
 
@@ -43,22 +55,25 @@ struct Mover {
         channel = threadIdx.x % 2 * 8;
         const int global_channel = blockIdx.x * CHANNELS + channel;
         inside = global_channel < width;
-        start = int64_t(blockIdx.y) * length * width + global_channel;
+        start = global_channel;
     }
-    DEVICE int64_t offset(int step) const { return start + int64_t(reverse ? length - 1 - step : step) * width; }
+    DEVICE int64_t offset(int row, int step) const {
+        return start + (int64_t(row) * length + (reverse ? length - 1 - step : step)) * width;
+    }
 
     // Starts to copy the thread's part of a tile to its own 32 bytes of shared memory; zeros stand beyond the sequence.
-    DEVICE void fetch(const bf16* from, int tile, uint4* staged) const {
-        const int step = tile * TILE + 2 * word;
+    DEVICE void fetch(const bf16* from, Item item, uint4* staged) const {
+        const int step = item.tile * TILE + 2 * word;
         const bool first = inside && step < length, second = inside && step + 1 < length;
-        copy_async_16(shared_address(staged + threadIdx.x), from + (first ? offset(step) : 0), first);
-        copy_async_16(shared_address(staged + THREADS + threadIdx.x), from + (second ? offset(step + 1) : 0), second);
+        copy_async_16(shared_address(staged + threadIdx.x), from + (first ? offset(item.row, step) : 0), first);
+        copy_async_16(shared_address(staged + THREADS + threadIdx.x), from + (second ? offset(item.row, step + 1) : 0),
+                      second);
     }
     DEVICE Pair fetched(const uint4* staged) const { return {staged[threadIdx.x], staged[THREADS + threadIdx.x]}; }
-    DEVICE void store(bf16* to, int tile, const Pair& pair) const {
-        const int step = tile * TILE + 2 * word;
-        if (inside && step < length) *reinterpret_cast<uint4*>(to + offset(step)) = pair.even;
-        if (inside && step + 1 < length) *reinterpret_cast<uint4*>(to + offset(step + 1)) = pair.odd;
+    DEVICE void store(bf16* to, Item item, const Pair& pair) const {
+        const int step = item.tile * TILE + 2 * word;
+        if (inside && step < length) *reinterpret_cast<uint4*>(to + offset(item.row, step)) = pair.even;
+        if (inside && step + 1 < length) *reinterpret_cast<uint4*>(to + offset(item.row, step + 1)) = pair.odd;
     }
     DEVICE void put(uint32_t* shared, Pair pair) const { put(shared, pair, word); }
     // With time running backward inside every chunk.
@@ -84,10 +99,10 @@ struct Mover {
 
 // Not 0 when the state is dropped before this thread's step of a tile. Backward in time that is after step t of the
 // sequence when t is a BOS. The byte itself, so that nothing waits for it before it is used.
-DEVICE uint32_t drops_state(const uint8_t* bos, int length, int tile, bool reverse) {
-    const int step = tile * TILE + threadIdx.x;
+DEVICE uint32_t drops_state(const uint8_t* bos, int length, Item item, bool reverse) {
+    const int step = item.tile * TILE + threadIdx.x;
     const bool read = bos && step < length && !(reverse && step == 0);
-    return read ? bos[int64_t(blockIdx.y) * length + (reverse ? length - step : step)] : 0u;
+    return read ? bos[int64_t(item.row) * length + (reverse ? length - step : step)] : 0u;
 }
 
 // The first flagged step of the tile at or after `from`, or TILE. `flags`: a bit a step.
@@ -104,6 +119,22 @@ DEVICE uint32_t within(int first, int second, int begin, int end) {
 }
 
 // ---- factors of the products ----
+
+// q^1, q^2, ..., q^16
+struct Powers {
+    float2 one, two, four, eight, sixteen;
+    DEVICE Powers(float2 q)
+        : one(q), two(square(one)), four(square(two)), eight(square(four)), sixteen(square(eight)) {}
+    // z q^exponent, 0 <= exponent < 8
+    DEVICE float2 raise(float2 z, int exponent) const {
+        if (exponent & 1) z = times(z, one);
+        if (exponent & 2) z = times(z, two);
+        if (exponent & 4) z = times(z, four);
+        return z;
+    }
+};
+DEVICE float real_of_product(float2 a, float2 b) { return a.x * b.x - a.y * b.y; }
+DEVICE float2 minus_i_times(float2 z) { return make_float2(z.y, -z.x); }
 
 // A fragment of a float32 factor: (x, y) the upper halves of b0 and b1, (z, w) the lower ones.
 DEVICE uint2 split(float low, float high) {

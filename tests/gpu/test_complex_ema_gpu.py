@@ -81,7 +81,7 @@ FP32 = {"limit": 1e-5}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("length", [1, 2, 7, 63, 64, 65, 257, 511, 512, 513, 1000, 1537])
+@pytest.mark.parametrize("length", [1, 2, 7, 63, 64, 65, 160, 257, 511, 512, 513, 1000, 1537])
 def test_any_length(length: int, dtype: torch.dtype) -> None:
     *leaves, state = inputs(2, length, 64, 16, dtype)
     limits = FP32 if dtype is torch.float32 else BF16
@@ -110,6 +110,17 @@ def test_any_width_and_modes(width: int, modes: int, dtype: torch.dtype) -> None
     leaves = inputs(3, 600, width, modes, dtype)
     limits = FP32 if dtype is torch.float32 else BF16
     check(leaves, None, final=True, **limits)
+
+
+@pytest.mark.parametrize("length", [512, 600])
+def test_a_block_filters_many_rows(length: int) -> None:
+    """More rows than blocks: what a block makes of the parameters serves several rows, and states must not leak."""
+    from gecko_lab.kernels.complex_ema import launches
+
+    leaves = inputs(300, length, 32, 16, torch.bfloat16)
+    assert launches._tiled_grid(leaves[0])[1] < 300
+    bos = torch.rand(300, length, generator=torch.Generator().manual_seed(3)) < 1 / 400
+    check(leaves, bos.cuda(), final=True, **BF16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

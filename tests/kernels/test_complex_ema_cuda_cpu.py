@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gecko_lab.kernels.complex_ema import cuda
+from gecko_lab.kernels.complex_ema import cuda, launches
 from gecko_lab.kernels.complex_ema.reference import complex_ema as reference
 
 
@@ -116,3 +116,12 @@ def test_unsupported_names_the_reason() -> None:
     x, p, q, gamma, _ = inputs(1, 4, 3, 4)
     assert cuda.unsupported(x, p, q, gamma) is None
     assert "float64" in str(cuda.unsupported(x.double(), p, q, gamma))
+
+
+@pytest.mark.parametrize(
+    ("batch", "tiles", "strips", "blocks"), [(1, 64, 256, 1), (8, 1, 256, 1), (300, 1, 2, 60), (3, 2, 4, 3)]
+)
+def test_rows_share_blocks_where_they_are_more_than_the_multiprocessors(
+    batch: int, tiles: int, strips: int, blocks: int
+) -> None:
+    assert launches._row_blocks(batch, tiles, strips, 132) == blocks
