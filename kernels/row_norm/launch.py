@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..runtime import Kernel, Module
-from ..timestep_decay_norm.launch import TYPES, access, address, aligned, power_of_two
+from ..timestep_decay_norm.launch import address, aligned
+from ..timestep_decay_norm.plan import TYPES, access, power_of_two
 
 MODULE = Module(__file__, "norm.cu", kernels=("forward", "backward", "parameters"))
 MOST_THREADS = 1024

@@ -10,18 +10,18 @@ from torch.autograd.function import once_differentiable
 
 from ..types import NormState
 from . import launch, steps
+from .plan import TYPES, VECTORS_A_LANE, Plan, access, plan, rates
 
 _LIBRARY = torch.library.Library("gecko_lab", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_OPTIONS = "int groups, float? beta1, float? beta2, float eps"
 _LIBRARY.define(
     "time_norm(Tensor x, Tensor weight, Tensor bias, Tensor? bos, Tensor? count, Tensor? mean, Tensor? var, "
-    f"{_OPTIONS}, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int groups, float? beta1, float? beta2, float eps, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "time_norm_backward(Tensor dy, Tensor dmean, Tensor dvar, Tensor x, Tensor weight, Tensor bias, Tensor saved, "
-    f"Tensor begin, Tensor? bos, Tensor? count, Tensor? mean, Tensor? var, {_OPTIONS}) "
+    "time_norm_backward(Tensor dy, Tensor dmean, Tensor dvar, Tensor x, Tensor weight, Tensor saved, Tensor begin, "
+    "Tensor? count, bool stateful, int groups, float? beta1, float? beta2) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -47,22 +47,21 @@ class TimeNorm(torch.autograd.Function):
         beta2: float | None,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.options = groups, beta1, beta2, eps
+        ctx.options = mean is not None, groups, beta1, beta2
         y, count_out, mean_out, var_out, saved, begin = torch.ops.gecko_lab.time_norm(
-            x, weight, bias, bos, count, mean, var, *ctx.options, True
+            x, weight, bias, bos, count, mean, var, groups, beta1, beta2, eps, True
         )
-        ctx.save_for_backward(x, weight, bias, saved, begin, bos, count, mean, var)
+        ctx.save_for_backward(x, weight, saved, begin, count)
         ctx.mark_non_differentiable(count_out)
         return y, count_out, mean_out, var_out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: None, dmean: Tensor, dvar: Tensor) -> tuple[Tensor | None, ...]:
-        x, *others = ctx.saved_tensors
         dx, dweight, dbias, dmean0, dvar0 = torch.ops.gecko_lab.time_norm_backward(
-            dy, dmean, dvar, x, *others, *ctx.options
+            dy, dmean, dvar, *ctx.saved_tensors, *ctx.options
         )
-        stateful = others[-1] is not None
+        stateful, *_ = ctx.options
         return dx, dweight, dbias, dmean0 if stateful else None, dvar0 if stateful else None, *[None] * 6
 
 
@@ -94,7 +93,7 @@ def unsupported(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> str | N
     """Why the kernels cannot take this call, or None when they can."""
     features = x.shape[-1] // groups
     for name, tensor in (("x", x), ("weight", weight)):
-        if tensor.dtype not in launch.TYPES:
+        if tensor.dtype not in TYPES:
             return f"{name}.dtype={tensor.dtype}: the kernels take bfloat16 and float32"
     if bias.dtype != weight.dtype:
         return f"bias.dtype={bias.dtype}: the kernels take that of weight, {weight.dtype}"
@@ -102,14 +101,14 @@ def unsupported(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> str | N
         return f"x of shape {tuple(x.shape)}: the kernels need at least one element"
     if x.shape[1] > 2**30:
         return f"L={x.shape[1]}: the kernels count steps in 32 bits"
-    most = 32 * launch.VECTORS_A_LANE * launch.access(features, x.dtype)
+    most = 32 * VECTORS_A_LANE * access(features, x.dtype)
     if features > most:
         return f"D/groups={features}: the kernels take at most {most} features a group of this divisibility and dtype"
     return None
 
 
-def _plan(x: Tensor, weight: Tensor, groups: int, beta1: float | None) -> launch.Plan:
-    return launch.plan(x.shape[-1] // groups, x.dtype, weight.dtype, beta1 is not None, groups)
+def _plan(x: Tensor, weight: Tensor, groups: int, beta1: float | None) -> Plan:
+    return plan(x.shape[-1] // groups, x.dtype, weight.dtype, beta1 is not None, groups)
 
 
 def _forward_cuda(
@@ -126,8 +125,8 @@ def _forward_cuda(
     eps: float,
     save: bool,
 ) -> Six:
-    plan, rates = _plan(x, weight, groups, beta1), launch.rates(beta1, beta2)
-    return launch.run_forward(plan, rates, eps, x, weight, bias, bos, count, mean, var, save)
+    cut, rate = _plan(x, weight, groups, beta1), rates(beta1, beta2)
+    return launch.run_forward(cut, rate, eps, x, weight, bias, bos, count, mean, var, save)
 
 
 def _backward_cuda(
@@ -136,20 +135,16 @@ def _backward_cuda(
     dvar: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
     saved: Tensor,
     begin: Tensor,
-    bos: Tensor | None,
     count: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    stateful: bool,
     groups: int,
     beta1: float | None,
     beta2: float | None,
-    eps: float,
 ) -> Five:
-    plan, rates = _plan(x, weight, groups, beta1), launch.rates(beta1, beta2)
-    return launch.run_backward(plan, rates, dy, dmean, dvar, x, weight, saved, begin, count, mean is not None)
+    cut, rate = _plan(x, weight, groups, beta1), rates(beta1, beta2)
+    return launch.run_backward(cut, rate, dy, dmean, dvar, x, weight, saved, begin, count, stateful)
 
 
 def _forward_fake(
@@ -180,22 +175,18 @@ def _backward_fake(
     dvar: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
     saved: Tensor,
     begin: Tensor,
-    bos: Tensor | None,
     count: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    stateful: bool,
     groups: int,
     beta1: float | None,
     beta2: float | None,
-    eps: float,
 ) -> Five:
-    shape = (0,) if mean is None else (x.shape[0], groups)
+    shape = (x.shape[0], groups) if stateful else (0,)
     dmean0, dvar0 = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, torch.empty_like(weight), torch.empty_like(bias), dmean0, dvar0
+    return dx, torch.empty_like(weight), torch.empty_like(weight), dmean0, dvar0
 
 
 for _name, _cuda, _cpu, _fake in (

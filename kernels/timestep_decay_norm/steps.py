@@ -62,17 +62,13 @@ def backward(
     dvar: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
     saved: Tensor,
     begin: Tensor,
-    bos: Tensor | None,
     count: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    stateful: bool,
     groups: int,
     beta1: float | None,
     beta2: float | None,
-    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, length, dim = x.shape
     cells, g = (t.float().view(batch, length, groups, -1) for t in (x, dy))
@@ -83,8 +79,10 @@ def backward(
     to_mean, to_var = -scale * gw.sum(-1), -0.5 * scale.square() * (gw * unit).sum(-1)
     steps = torch.arange(1, length + 1)
     counts = steps + (torch.zeros(batch, 1, dtype=torch.int64) if count is None else count[:, None])
-    if bos is not None:
+    starts = None
+    if begin.numel():
         counts = torch.where(begin >= 0, steps - begin, counts)
+        starts = begin == steps - 1
     u, v = dmean, dvar
     shifts, stretches = [], []
     for t in reversed(range(length)):
@@ -101,13 +99,13 @@ def backward(
             shifts.append(part * (u + 2 * v * away))
             stretches.append(2 * part * v)
             u, v = (1 - part) * u - 2 * part * v * away, (1 - part) * v
-        if bos is not None:
-            u, v = (carry.masked_fill(bos[:, t, None], 0) for carry in (u, v))
+        if starts is not None:
+            u, v = (carry.masked_fill(starts[:, t, None], 0) for carry in (u, v))
     shift, stretch = (torch.stack(found[::-1], 1)[..., None] for found in (shifts, stretches))
     dx = gw * scale[..., None] + (shift + stretch * (cells - own_mean[..., None])) / cells.shape[-1]
     dweight, dbias = (g * unit).sum((0, 1)).view(dim), g.sum((0, 1)).view(dim)
-    before = (torch.empty(0), torch.empty(0)) if mean is None else (u.clone(), v.clone())
-    return dx.view(x.shape).to(x.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype), *before
+    before = (torch.empty(0), torch.empty(0)) if not stateful else (u.clone(), v.clone())
+    return dx.view(x.shape).to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype), *before
 
 
 def _correction(beta: float, n: Tensor) -> Tensor:

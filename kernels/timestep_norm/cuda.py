@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..runtime import Module
 from ..timestep_decay_norm import ops
-from ..timestep_decay_norm.launch import plan
+from ..timestep_decay_norm.plan import CLUSTER, plan
 from ..types import NormState
 
 
@@ -38,5 +38,6 @@ def unsupported(
 
 
 def modules() -> list[Module]:
-    """What the 7B shape needs, in bf16 and float32."""
-    return [plan(64, dtype, torch.float32, False, 64).module for dtype in (torch.bfloat16, torch.float32)]
+    """What the 7B shape needs, in bf16 and float32, for long sequences and for pieces of one."""
+    types = (torch.bfloat16, torch.float32)
+    return [plan(64, dtype, torch.float32, False, 64, cluster).module for cluster in (0, CLUSTER) for dtype in types]

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gecko_lab.kernels import ops
 from gecko_lab.kernels.backend import use
-from gecko_lab.kernels.timestep_decay_norm.launch import plan
+from gecko_lab.kernels.timestep_decay_norm.plan import CLUSTER, plan
 from gecko_lab.kernels.timestep_decay_norm.reference import timestep_decay_norm as decay_reference
 from gecko_lab.kernels.timestep_norm.reference import timestep_norm as plain_reference
 from gecko_lab.kernels.types import NormState
@@ -157,6 +157,23 @@ def test_long_rows_look_far_back(cuda: torch.device, kind: str, past: int) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_short_rows_in_clusters_or_not(cuda: torch.device, kind: str) -> None:
+    """A few rows of two to eight tiles go to clusters, many rows look back through global memory."""
+    norm, reference, options = norm_of(kind)
+    for batch in (3, 90):
+        leaves, state = inputs(cuda, batch, 300, 8, 8, torch.float32, kind, 5)
+        bos = boundaries("rows", batch, 300, cuda)
+        assert bos is not None
+        suited = plan(8, torch.float32, torch.float32, kind == "decay", 8).suited(batch, 300, cuda)
+        assert suited.cluster == (0 if batch == 90 or torch.cuda.get_device_capability() < (9, 0) else CLUSTER)
+        for marks in (None, bos):
+            wide, start = double(leaves, state)
+            expected = run(reference, wide, start, groups=8, bos=None if marks is None else marks.cpu(), **options)
+            poison(cuda)
+            compare(run(norm, leaves, state, groups=8, bos=marks, **options), expected, torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_equal_runs_give_equal_bits_at_full_size(cuda: torch.device, kind: str) -> None:
     norm, _, options = norm_of(kind)
     leaves, state = inputs(cuda, 2, 16384, 64, 64, torch.bfloat16, kind, 3)
@@ -259,8 +276,11 @@ def test_compile_checkpoint_and_autocast(cuda: torch.device, kind: str) -> None:
             torch.testing.assert_close(a, b)
 
 
-def test_one_token_needs_one_kernel(cuda: torch.device) -> None:
-    leaves, state = inputs(cuda, 4, 1, 64, 64, torch.bfloat16, "decay", 10)
+@pytest.mark.parametrize("length", [1, 512])
+def test_a_token_and_a_piece_need_one_kernel(cuda: torch.device, length: int) -> None:
+    if length > 1 and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs clusters of blocks")
+    leaves, state = inputs(cuda, 1, length, 64, 64, torch.bfloat16, "decay", 10)
     call = lambda: ops.timestep_decay_norm(*leaves, groups=64, eps=EPS, state=state, **DECAY)
     with torch.no_grad():
         call()

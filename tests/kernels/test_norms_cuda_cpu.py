@@ -11,7 +11,7 @@ from gecko_lab.kernels.row_norm import cuda as row_norm
 from gecko_lab.kernels.row_norm import launch as row_launch
 from gecko_lab.kernels.row_norm import reference as row_reference
 from gecko_lab.kernels.timestep_decay_norm import cuda as decay_norm
-from gecko_lab.kernels.timestep_decay_norm import launch as time_launch
+from gecko_lab.kernels.timestep_decay_norm import plan as time_plan
 from gecko_lab.kernels.timestep_decay_norm import reference as decay_reference
 from gecko_lab.kernels.timestep_norm import cuda as plain_norm
 from gecko_lab.kernels.timestep_norm import reference as plain_reference
@@ -49,7 +49,8 @@ def test_time_norms_obey_the_rules_of_operators(kind: str, carried: bool) -> Non
     torch.library.opcheck(OPS.time_norm.default, (*tensors, *past, *options, True))
     outputs = OPS.time_norm(*tensors, *past, *options, True)
     seeds = torch.ones_like(outputs[0]), torch.ones_like(outputs[2]), torch.ones_like(outputs[3])
-    torch.library.opcheck(OPS.time_norm_backward.default, (*seeds, *tensors, *outputs[4:], *past, *options))
+    kept = (*tensors[:2], *outputs[4:], past[1])
+    torch.library.opcheck(OPS.time_norm_backward.default, (*seeds, *kept, carried, GROUPS, *BETAS[kind]))
 
 
 @pytest.mark.parametrize("centered", [False, True])
@@ -116,10 +117,10 @@ def test_plans_hold_every_feature_once(dtype: torch.dtype, groups: int) -> None:
         x = torch.empty(1, 1, groups * features, dtype=dtype)
         parameters = torch.empty(groups * features)
         if decay_norm.unsupported(x, parameters, parameters, groups=groups, beta1=0.9, beta2=0.9, eps=0) is None:
-            plan = time_launch.plan(features, dtype, torch.float32, True, groups)
+            plan = time_plan.plan(features, dtype, torch.float32, True, groups)
             d = {key: int(value) for key, value in plan.defines.items() if key not in ("INPUT", "PARAMETER")}
             assert d["LANES"] * d["VECTORS"] * d["VECTOR"] >= features, size
-            assert d["VECTORS"] <= time_launch.VECTORS_A_LANE, size
+            assert d["VECTORS"] <= time_plan.VECTORS_A_LANE, size
             assert features % d["VECTOR"] == 0, size
             assert d["THREADS"] % (d["LANES"] * d["GROUPS"]) == 0, size
             assert 1 <= plan.tile <= 64, size
@@ -150,7 +151,7 @@ def test_unsupported_calls_say_why() -> None:
 @pytest.mark.parametrize("features", [32, 64, 512])
 def test_time_norms_compile_without_spills(features: int) -> None:
     for decayed in (True, False):
-        module = time_launch.plan(features, torch.bfloat16, torch.float32, decayed, 64).module
+        module = time_plan.plan(features, torch.bfloat16, torch.float32, decayed, 64).module
         for kernel, used in module.compile("sm_90a").resources.items():
             assert used.spill_stores == 0, (module.label, kernel)
             assert used.registers <= 128, (module.label, kernel)
