@@ -7,6 +7,7 @@ own: a reset is then a zeroed entering state, and nothing is ever subtracted.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,36 @@ def powers_of(q: Tensor, count: int) -> Tensor:
     return powers[:count]
 
 
+def entering_states(left: Tensor, decay: Tensor, start: Tensor, keep: Tensor | None) -> Tensor:
+    """The state that enters each chunk: h_0 = start and h_{c+1} = decay h_c + left_c, with h_c zeroed where not kept.
+
+    left (B, chunks, D, N), decay (D, N), start (B, D, N), keep (B, chunks) -> (B, chunks, D, N). Two loops of the root
+    of the number of chunks: within spans of chunks, for all spans at once, then from span to span.
+    """
+    chunks = left.shape[1]
+    span = math.isqrt(chunks - 1) + 1
+    spans = -(-chunks // span)
+    left = F.pad(left, (0, 0, 0, 0, 0, spans * span - chunks)).unflatten(1, (spans, span))
+    kept = None
+    if keep is not None:  # whether a state that enters the span reaches the chunk
+        keep = F.pad(keep, (0, spans * span - chunks), value=True).unflatten(1, (spans, span))[..., None, None]
+        kept = keep.to(torch.int8).cumprod(2).bool()
+    h, within = torch.zeros_like(left[:, :, 0]), []
+    for c in range(span):
+        if keep is not None:
+            h = h.masked_fill(~keep[:, :, c], 0)
+        within.append(h)
+        h = decay * h + left[:, :, c]
+    powers, heads = powers_of(decay, span + 1), [start]
+    for s in range(spans - 1):
+        passed = powers[span] * heads[-1]
+        heads.append(h[:, s] + (passed if kept is None else passed.masked_fill(~kept[:, s, -1], 0)))
+    carried = powers[:span] * torch.stack(heads, 1)[:, :, None]
+    if kept is not None:
+        carried = carried.masked_fill(~kept, 0)
+    return (torch.stack(within, 2) + carried).flatten(1, 2)[:, :chunks]
+
+
 def complex_ema(
     x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, *, bos: Tensor | None = None, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -87,32 +118,27 @@ def complex_ema(
         if q.is_complex()
         else local.view(dim, batch, chunks, modes)
     )
-    h = local.new_zeros(batch, dim, modes) if state is None else state.to(kind)
-    enter = []
-    for c, left in enumerate(local.permute(2, 1, 0, 3).contiguous().unbind(0)):
-        if layout is not None:
-            h = torch.where(layout.keep[:, c, None, None], h, torch.zeros_like(h))
-        enter.append(h)
-        h = powers[size] * h + left
-    entering = torch.stack(enter)  # (chunks, B, D, N)
+    start = local.new_zeros(batch, dim, modes) if state is None else state.to(kind)
+    left = local.permute(1, 2, 0, 3)  # (B, chunks, D, N): what each chunk adds
+    entering = entering_states(left, powers[size], start, None if layout is None else layout.keep)
 
-    flat = as_real(entering.permute(2, 1, 0, 3)).reshape(dim, batch * chunks, -1)
+    flat = as_real(entering.permute(2, 0, 1, 3)).reshape(dim, batch * chunks, -1)
     out = torch.baddbmm(torch.bmm(rows, toeplitz.transpose(1, 2)), flat, reads)  # (D, B chunks, T)
     y = out.permute(1, 2, 0).reshape(batch, chunks * size, dim)
     y = y[:, :length] if layout is None else y.gather(1, index)
 
     if layout is None and length % size == 0:
-        final = h
+        final = powers[size] * entering[:, -1] + left[:, -1]
     else:
         # The last chunk is partial: its tokens, moved to its end, meet the same weights as a whole chunk's.
         tail = values[:, length - size :]
         inside = torch.arange(size, device=x.device) >= size - final_size[:, None]
         tail = torch.where(inside[..., None], tail, torch.zeros_like(tail))
-        left = torch.bmm(tail.permute(2, 0, 1), ends)
-        left = torch.view_as_complex(left.view(dim, batch, modes, 2)) if q.is_complex() else left
+        added = torch.bmm(tail.permute(2, 0, 1), ends)
+        added = torch.view_as_complex(added.view(dim, batch, modes, 2)) if q.is_complex() else added
         if layout is None:
-            came = entering[-1]
+            came = entering[:, -1]
         else:
-            came = entering[layout.last, torch.arange(batch, device=x.device)]
-        final = powers[final_size] * came + left.transpose(0, 1)
+            came = entering[torch.arange(batch, device=x.device), layout.last]
+        final = powers[final_size] * came + added.transpose(0, 1)
     return (y + values).to(x.dtype), final

@@ -1,10 +1,11 @@
-"""Timestep decay norm in plain PyTorch (spec 1.2): both moving averages as masked triangular products."""
+"""Timestep decay norm in plain PyTorch (spec 1.2): both moving averages as masked triangular products, no loops."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import NormState
@@ -16,27 +17,29 @@ def running_sums(value: Tensor, start: Tensor, beta: float, segments: Tensor | N
     """s_t = beta s_{t-1} + value_t, restarted where segments change.
 
     value (B, L, G), start (B, G) the sum before the first step (it belongs to segment 0), segments (B, L) -> (B, L, G).
+    Blocks of steps at once; what passes from block to block is again such a sum, over the ends of blocks.
     """
-    _, length, _ = value.shape
-    steps = torch.arange(min(BLOCK, length), device=value.device)
+    batch, length, groups = value.shape
+    size = min(BLOCK, length)
+    count = -(-length // size)
+    blocks = F.pad(value, (0, 0, 0, count * size - length)).view(batch, count, size, groups)
+    steps = torch.arange(size, device=value.device)
     lag = steps[:, None] - steps
     # powers in float64: float32 would round beta itself
-    triangle = torch.where(lag >= 0, torch.pow(beta, lag.clamp(min=0).double()), 0.0).to(value.dtype)
-    decay = torch.pow(beta, steps.double() + 1).to(value.dtype)[:, None]
-    sums, before = [], start
-    for begin in range(0, length, BLOCK):
-        block = value[:, begin : begin + BLOCK]
-        size = block.shape[1]
-        weights, fade = triangle[:size, :size], decay[:size]
-        if segments is not None:
-            ids = segments[:, begin : begin + BLOCK]
-            weights = weights * (ids[:, :, None] == ids[:, None, :])
-            entering = segments[:, begin - 1 : begin] if begin else torch.zeros_like(ids[:, :1])
-            fade = fade * (ids == entering)[..., None]
-        total = weights @ block + fade * before[:, None]
-        sums.append(total)
-        before = total[:, -1]
-    return torch.cat(sums, 1)
+    weights = torch.where(lag >= 0, torch.pow(beta, lag.clamp(min=0).double()), 0.0).to(value.dtype)
+    fade = torch.pow(beta, steps.double() + 1).to(value.dtype)[:, None]
+    ends = None
+    if segments is not None:
+        ids = F.pad(segments, (0, count * size - length)).view(batch, count, size)
+        ends = ids[:, :-1, -1]
+        entering = F.pad(ends, (1, 0))
+        weights = weights * (ids[..., :, None] == ids[..., None, :])
+        fade = fade * (ids == entering[..., None])[..., None]
+    sums = weights @ blocks
+    before = start[:, None]
+    if count > 1:
+        before = torch.cat([before, running_sums(sums[:, :-1, -1], start, beta**size, ends)], 1)
+    return (sums + fade * before[:, :, None]).flatten(1, 2)[:, :length]
 
 
 def steps_since_bos(length: int, count: Tensor, bos: Tensor | None) -> Tensor:
