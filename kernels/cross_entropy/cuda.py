@@ -7,9 +7,7 @@ from torch import Tensor
 
 from ..runtime import Kernel, Module
 
-MODULE = Module(
-    __file__, "cross_entropy.cu", kernels=("forward", "backward"), defines={"ELEMENT": "bf16", "WIDTH": 8}
-)
+MODULE = Module(__file__, "cross_entropy.cu", kernels=("forward", "backward"), defines={"ELEMENT": "bf16", "WIDTH": 8})
 THREADS = 512
 _TYPES = {torch.bfloat16: ("bf16", 8), torch.float32: ("float", 4)}
 _VARIANTS = {

@@ -1,6 +1,9 @@
 """What carrying the state costs: a stream read in pieces of 512 against the same tokens in one call, per token.
 
 python -m tests.gpu.timing_streaming     (both captured in CUDA graphs, so that launches from Python do not count)
+
+`floor` is what the pieces of one kernel each would take if only their launches counted: a chain of kernels of one
+element in a graph, measured in the same run. `fwd+bwd` trains piece by piece: gradients stay within a piece.
 """
 
 from __future__ import annotations
@@ -9,11 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gecko_lab.components import state as states
 from gecko_lab.kernels import ops
+from gecko_lab.kernels.backend import use
 
 PIECE = 512
+SHAPES = ((1, 2048), (1, 32768), (8, 2048), (8, 4096), (32, 2048))
+Op = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
 
 def graph_ms(work: Callable[[], Any], repeats: int = 20) -> float:
@@ -37,40 +44,72 @@ def graph_ms(work: Callable[[], Any], repeats: int = 20) -> float:
     return sorted(times)[len(times) // 2]
 
 
+def launch_us(count: int = 256) -> float:
+    """Microseconds of one kernel that does nothing much, in a graph of a chain of them."""
+    one = torch.zeros(1, device="cuda")
+
+    def chain() -> None:
+        for _ in range(count):
+            one.add_(1)
+
+    return 1000 * graph_ms(chain) / count
+
+
+def read(op: Op, pieces: list[Tensor]) -> None:
+    state = None
+    with torch.no_grad():
+        for part in pieces:
+            _, state = op(part, state)
+
+
+def train(op: Op, pieces: list[Tensor], slopes: list[Tensor], parameters: list[Tensor]) -> None:
+    state = None
+    for part, slope in zip(pieces, slopes):
+        y, state = op(part, state)
+        torch.autograd.grad(y, [part, *parameters], slope)
+        state = states.detach(state)
+
+
 def main() -> None:
     torch.manual_seed(0)
-    print(torch.cuda.get_device_name())
-    print(f"{'op':22}{'B':>4}{'L':>8}{'whole ms':>10}{'pieces ms':>11}{'ratio':>7}")
+    print(torch.cuda.get_device_name(), f"one empty kernel in a graph: {(launch := launch_us()):.2f} us")
     dim, modes = 4096, 16
-    weight, bias = torch.zeros(dim, device="cuda"), torch.zeros(dim, device="cuda")
-    p = torch.rand(dim, modes, device="cuda")
-    q = torch.polar(1 - p * 0.5, torch.rand(dim, modes, device="cuda"))
-    gamma = torch.randn(dim, modes, device="cuda", dtype=torch.complex64)
+    weight, bias = (torch.zeros(dim, device="cuda").requires_grad_() for _ in range(2))
+    p = torch.rand(dim, modes, device="cuda").requires_grad_()
+    q = torch.polar(1 - p.detach() * 0.5, torch.rand(dim, modes, device="cuda")).requires_grad_()
+    gamma = torch.randn(dim, modes, device="cuda", dtype=torch.complex64).requires_grad_()
 
-    def norm(x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+    def norm(x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return ops.timestep_decay_norm(x, weight, bias, groups=64, beta1=0.999, beta2=0.9999, eps=1e-5, state=state)
 
-    def ema(x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+    def ema(x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return ops.complex_ema(x, p, q, gamma, state=state)
 
-    for name, op in (("timestep_decay_norm", norm), ("complex_ema", ema)):
-        for batch, length in ((1, 2048), (1, 32768), (8, 2048), (8, 4096), (32, 2048)):
-            x = torch.randn(batch, length, dim, device="cuda", dtype=torch.bfloat16)
-            pieces = [part.contiguous() for part in x.split(PIECE, 1)]
-
-            def whole(op: Any = op, x: torch.Tensor = x) -> None:
-                op(x, None)
-
-            def streamed(op: Any = op, pieces: list[torch.Tensor] = pieces) -> None:
-                state = None
-                for part in pieces:
-                    _, state = op(part, state)
-                    state = states.detach(state)
-
-            with torch.no_grad():
+    columns = f"{'op':22}{'mode':9}{'B':>3}{'L':>7}{'whole ms':>10}{'pieces ms':>11}{'ratio':>7}"
+    print(columns, "  us a piece: whole, pieces, floor")
+    for name, op, parameters in (("timestep_decay_norm", norm, [weight, bias]), ("complex_ema", ema, [p, q, gamma])):
+        for batch, length in SHAPES:
+            x = torch.randn(batch, length, dim, device="cuda", dtype=torch.bfloat16).requires_grad_()
+            pieces = [part.detach().contiguous().requires_grad_() for part in x.split(PIECE, 1)]
+            slopes = [torch.randn_like(part) for part in pieces]
+            dy = torch.cat(slopes, 1)
+            works: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
+                "fwd": (lambda op=op, x=x: read(op, [x]), lambda op=op, pieces=pieces: read(op, pieces)),
+                "fwd+bwd": (
+                    lambda op=op, x=x, dy=dy, w=parameters: train(op, [x], [dy], w),
+                    lambda op=op, pieces=pieces, dy=slopes, w=parameters: train(op, pieces, dy, w),
+                ),
+            }
+            for mode, (whole, streamed) in works.items():
                 a, b = graph_ms(whole), graph_ms(streamed)
-            print(f"{name:22}{batch:>4}{length:>8}{a:>10.3f}{b:>11.3f}{b / a:>7.2f}")
+                each = [1000 * ms / len(pieces) for ms in (a, b)]
+                print(
+                    f"{name:22}{mode:9}{batch:>3}{length:>7}{a:>10.3f}{b:>11.3f}{b / a:>7.2f}"
+                    f"{each[0]:>15.1f}{each[1]:>8.1f}{launch:>8.1f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
-    main()
+    with use("strict"):
+        main()
