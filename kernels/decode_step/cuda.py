@@ -17,10 +17,8 @@ from ..runtime import Kernel, Module
 from ..runtime.device import attribute
 
 THREADS, ROWS, GATE_THREADS, EMBEDDED, STAGES = 256, 16, 128, 1024, 5
-MOST_STAGED = 128 * 2**10  # bytes of activations that a block keeps in shared memory
 ELEMENTS = {torch.bfloat16: "bf16", torch.float32: "float"}
 LARGEST_HEAD = 4096
-SPILL_BUDGET = 32  # bytes, outside of the loops: of the float32 products on sm_80 and sm_89
 _ARGUMENTS = {
     "begin": "PPPPPPPPPPPPPfiiqiii",
     "mix": "PPPPPPPPPPPPPPPffffddf",
@@ -46,8 +44,10 @@ def _mix_module(features: int, modes: int, complex_: bool, decay: bool, dtype: t
     )
 
 
-def _project_module(tokens: int, aligned: bool, staged: bool, dtype: torch.dtype) -> Module:
-    return _PROJECT.specialise(ELEMENT=ELEMENTS[dtype], TOKENS=tokens, ALIGNED=int(aligned), STAGED=int(staged))
+def _project_module(tokens: int, aligned: bool, staged: bool, dtype: torch.dtype, stages: int = STAGES) -> Module:
+    return _PROJECT.specialise(
+        ELEMENT=ELEMENTS[dtype], TOKENS=tokens, ALIGNED=int(aligned), STAGED=int(staged), STAGES=stages
+    )
 
 
 def _attend_module(keys: bool, values: bool, dtype: torch.dtype) -> Module:
@@ -55,12 +55,11 @@ def _attend_module(keys: bool, values: bool, dtype: torch.dtype) -> Module:
 
 
 def modules() -> list[Module]:
-    """What the 7B shape needs for few and for many rows in bf16, and the products in float32."""
+    """What the 7B shape needs in bf16, for few rows and for many."""
     return [
         _mix_module(64, 16, True, True, torch.bfloat16),
         _project_module(8, True, True, torch.bfloat16),
-        _project_module(32, True, False, torch.bfloat16),
-        _project_module(8, True, False, torch.float32),
+        _project_module(16, True, False, torch.bfloat16),
         _attend_module(True, True, torch.bfloat16),
     ]
 
@@ -83,9 +82,8 @@ class Chain:
         self._launches: list[tuple[Kernel, tuple[int, ...], tuple[int | float, ...], int]] = []
         self._tensors: list[Tensor] = []
 
-    def add(
-        self, module: Module, name: str, grid: tuple[int, ...], *values: Tensor | float | None, smem: int = 0
-    ) -> None:
+    def add(self, module: Module, name: str, grid: tuple[int, ...], *values: Tensor | float | None,
+            smem: int = 0) -> None:
         """A further launch; a tensor stands for its address, None for no address."""
         kernel = _kernel(module, name)
         kernel.load(self.device_index)
@@ -128,9 +126,7 @@ def begin(chain: Chain, clock: Clock, tokens: Tensor, embedding: Tensor, x: Tens
     """Embed tokens (B,) int64 into x (B, D), and move the rows' places on. bos -1: no token begins a document."""
     batch, dim = x.shape
     chain.add(
-        _mix_module(64, 0, False, True, x.dtype),
-        "begin",
-        (-(-dim // EMBEDDED), batch),
+        _mix_module(64, 0, False, True, x.dtype), "begin", (-(-dim // EMBEDDED), batch),
         *(tokens, embedding, x, clock.now, clock.fresh, clock.segment, clock.length, clock.start, clock.counts),
         *(clock.ids, clock.turns, clock.cosine, clock.sine, scale, dim, embedding.shape[0], bos),
         *(clock.counts.shape[0], clock.turns.shape[0], clock.ids.shape[1]),
@@ -161,16 +157,8 @@ class Average:
     skip: Tensor
 
 
-def mix(
-    chain: Chain,
-    clock: Clock,
-    x: Tensor,
-    a: Tensor,
-    e: Tensor,
-    squares: Tensor,
-    norm: TimeNorm,
-    average: Average | None,
-) -> None:
+def mix(chain: Chain, clock: Clock, x: Tensor, a: Tensor, e: Tensor, squares: Tensor, norm: TimeNorm,
+        average: Average | None) -> None:
     """a = norm(x), e = average(a), all (B, D); squares (B, G): sums of e^2. Without an average only a is written."""
     batch, groups = norm.mean.shape
     features, modes = x.shape[1] // groups, 0 if average is None else average.p.shape[1]
@@ -180,9 +168,7 @@ def mix(
     beta1, beta2 = norm.betas or (0.5, 0.5)
     parts = (None,) * 5 if average is None else (average.h, average.p, average.q, average.gamma, average.skip)
     chain.add(
-        module,
-        "mix",
-        (groups, batch),
+        module, "mix", (groups, batch),
         *(x, a, e, squares, norm.scale, norm.shift, norm.mean, norm.var, norm.count, clock.fresh, *parts),
         *(beta1, beta2, 1 - beta1, 1 - beta2, math.log(beta1), math.log(beta2), norm.eps),
     )
@@ -213,34 +199,26 @@ class _Products:
         batch, columns = x.shape
         tokens = next(size for size in (8, 16, 32) if batch <= size or size == 32)
         aligned = columns * x.element_size() % 16 == 0
-        pipelined = aligned and x.dtype == torch.bfloat16
-        most = min(batch, tokens) * (columns + 32) * x.element_size()
-        staged = pipelined and most <= MOST_STAGED
-        self.module = _project_module(tokens, aligned, staged, x.dtype)
-        self.smem = pipelined * STAGES * 4 * THREADS * 16 + staged * most
+        index, staged, stages, self.smem, blocks = chain.device_index, False, STAGES, 0, 4
+        if aligned and x.dtype == torch.bfloat16:
+            blocks, piece = 1, 16 * THREADS
+            room = attribute(index, "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN") - 4 * tokens * (8 * (2 * ROWS + 1) + 2)
+            most = min(batch, tokens) * (columns + 32) * x.element_size()
+            staged = most + 4 * 4 * piece <= room
+            stages = min(STAGES, (room - most) // (4 * piece) if staged else room // (8 * piece))
+            # Half a multiprocessor's memory at least: no two blocks shall share one while another has none.
+            alone = min(attribute(index, "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR") // 2, room)
+            self.smem = max(stages * (4 if staged else 8) * piece + staged * most, alone)
+        self.module = _project_module(tokens, aligned, staged, x.dtype, stages)
         self.groups = -(-batch // tokens)
-        self.blocks = attribute(chain.device_index, "MULTIPROCESSOR_COUNT") * (1 if pipelined else 4)
+        self.blocks = blocks * attribute(index, "MULTIPROCESSOR_COUNT")
 
     def grid(self, tiles: int) -> tuple[int, int]:
         return min(tiles, self.blocks), self.groups
 
 
-def project_in(
-    chain: Chain,
-    clock: Clock,
-    a: Tensor,
-    e: Tensor,
-    squares: Tensor,
-    norm: RowScale,
-    v: Affine,
-    z: Affine,
-    r: Affine,
-    h: Affine,
-    ring: Tensor,
-    to_z: Tensor,
-    to_r: Tensor,
-    to_h: Tensor,
-) -> None:
+def project_in(chain: Chain, clock: Clock, a: Tensor, e: Tensor, squares: Tensor, norm: RowScale, v: Affine, z: Affine,
+               r: Affine, h: Affine, ring: Tensor, to_z: Tensor, to_r: Tensor, to_h: Tensor) -> None:
     """silu(v a) into this position's slot of ring (B, R, V); z m, r m, h m of m = rms(e), by squares (B, G) of it."""
     batch, dim = a.shape
     run = _Products(chain, a)
@@ -249,13 +227,10 @@ def project_in(
     blocks = max(min(sum(tiles), run.blocks), 2)
     of_v = min(max(round(blocks * tiles[0] / sum(tiles)), 1), blocks - 1)
     chain.add(
-        run.module,
-        "project_in",
-        (blocks, run.groups),
+        run.module, "project_in", (blocks, run.groups),
         *(a, e, squares, norm.scale, norm.shift, v.weight, z.weight, r.weight, h.weight),
         *(v.bias, z.bias, r.bias, h.bias, ring, to_z, to_r, to_h, clock.now, norm.eps),
-        *(batch, dim, outs[0], outs[1], squares.shape[1], ring.shape[1], of_v),
-        smem=run.smem,
+        *(batch, dim, outs[0], outs[1], squares.shape[1], ring.shape[1], of_v), smem=run.smem,
     )
 
 
@@ -264,42 +239,21 @@ def project_out(chain: Chain, u: Tensor, w: Affine, h: Tensor, x: Tensor, y: Ten
     batch, values = u.shape
     run, dim = _Products(chain, u), w.weight.shape[0]
     chain.add(
-        run.module,
-        "project_out",
-        run.grid(-(-dim // ROWS)),
-        u,
-        w.weight,
-        h,
-        x,
-        y,
-        moments,
-        batch,
-        dim,
-        values,
+        run.module, "project_out", run.grid(-(-dim // ROWS)), u, w.weight, h, x, y, moments, batch, dim, values,
         smem=run.smem,
     )
 
 
-def widen(
-    chain: Chain,
-    y: Tensor,
-    moments: Tensor,
-    norm: RowScale,
-    one: Affine,
-    three: Tensor | None,
-    f: Tensor,
-) -> None:
+def widen(chain: Chain, y: Tensor, moments: Tensor, norm: RowScale, one: Affine, three: Tensor | None, f: Tensor,
+          ) -> None:
     """f (B, F) = silu(one n) [* three n] of n = norm(y)."""
     batch, dim = y.shape
     run = _Products(chain, y)
     width, step = one.weight.shape[0], ROWS if three is None else ROWS // 2
     chain.add(
-        run.module,
-        f"widen<{str(three is not None).lower()}>",
-        run.grid(-(-width // step)),
+        run.module, f"widen<{str(three is not None).lower()}>", run.grid(-(-width // step)),
         *(y, moments, norm.scale, norm.shift, one.weight, three, one.bias, f, norm.eps, int(norm.centred)),
-        *(batch, dim, width),
-        smem=run.smem,
+        *(batch, dim, width), smem=run.smem,
     )
 
 
@@ -308,18 +262,7 @@ def narrow(chain: Chain, f: Tensor, w: Affine, alpha: Tensor | None, base: Tenso
     batch, width = f.shape
     run, dim = _Products(chain, f), w.weight.shape[0]
     chain.add(
-        run.module,
-        "narrow",
-        run.grid(-(-dim // ROWS)),
-        f,
-        w.weight,
-        w.bias,
-        alpha,
-        base,
-        x,
-        batch,
-        dim,
-        width,
+        run.module, "narrow", run.grid(-(-dim // ROWS)), f, w.weight, w.bias, alpha, base, x, batch, dim, width,
         smem=run.smem,
     )
 
@@ -373,17 +316,8 @@ def _tiles(columns: int, dtype: torch.dtype) -> int:
     return -(-columns // (THREADS * width))
 
 
-def attend(
-    chain: Chain,
-    clock: Clock,
-    z: Tensor,
-    views: Views,
-    window: Window,
-    memory: Table | None,
-    near: Tensor,
-    shares: Tensor,
-    far: Tensor,
-) -> None:
+def attend(chain: Chain, clock: Clock, z: Tensor, views: Views, window: Window, memory: Table | None, near: Tensor,
+           shares: Tensor, far: Tensor) -> None:
     """Attention and the memory's read, before the gate. The key joins ``window.keys``, that of the memory its ring.
 
     near (B, H, splits, E) and shares (B, H, splits, 2) by part of the keys; far (B, H, E), left alone without memory.
@@ -396,13 +330,10 @@ def attend(
     extra = (None,) * 3 if memory is None else (memory.keys, memory.table, memory.owner)
     smem = 4 * (3 * width + max(width, -(-slots // parts)))
     chain.add(
-        module,
-        "attend",
-        (parts * tiles + far_tiles, heads, batch),
+        module, "attend", (parts * tiles + far_tiles, heads, batch),
         *(z, views.scale, views.shift, clock.cosine, clock.sine, window.keys, window.values, *extra),
         *(clock.segment, clock.start, clock.now, near, shares, far, views.eps, width, columns, window.rope_heads),
-        *(window.chunk, window.chunks, slots, parts, tiles),
-        smem=smem,
+        *(window.chunk, window.chunks, slots, parts, tiles), smem=smem,
     )
 
 

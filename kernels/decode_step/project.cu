@@ -2,11 +2,12 @@
 // tiles of 16 rows of W; its warps share the columns. W comes through a ring in shared memory that stays full from tile
 // to tile, and fills before the step's chain has made x. What comes before (norms) and after (biases, activations,
 // residuals) happens here too. Defines: TOKENS (8, 16, 32) a block, ALIGNED (rows in multiples of 16 bytes), STAGED (all
-// of x fits into shared memory).
+// of x fits into shared memory; else two tiles at a time share what is read of it), STAGES of the ring.
 #include "step.cuh"
 
-constexpr int ROWS = 16, TILES = TOKENS / 8, PITCH = ROWS + 1, STAGES = 5, DEPTH = 64;
+constexpr int ROWS = 16, TILES = TOKENS / 8, DEPTH = 64;
 constexpr bool TENSOR = sizeof(T) == 2 && ALIGNED;
+constexpr int HIGH = TENSOR && !STAGED ? 2 : 1, PITCH = HIGH * ROWS + 1, PIECES = 4 * HIGH;
 
 // How tokens are normalised on their way in: (x - mean) inverse scale + shift, statistics a token.
 struct Plain {
@@ -46,39 +47,45 @@ struct Tile {
 
 struct Shared {
     float parts[(TENSOR ? WARPS : 1) * TOKENS * PITCH], mean[TOKENS], inverse[TOKENS];
-    DEVICE float sum(int token, int row) const {
+    // The product of a row of the tile that is finished, the `high`th of those at hand.
+    DEVICE float sum(int token, int row, int high = 0) const {
         float total = 0.f;
 #pragma unroll
-        for (int part = 0; part < (TENSOR ? WARPS : 1); ++part) total += parts[(part * TOKENS + token) * PITCH + row];
+        for (int part = 0; part < (TENSOR ? WARPS : 1); ++part)
+            total += parts[(part * TOKENS + token) * PITCH + high * ROWS + row];
         return total;
     }
 };
 
-// Products of tiles first, first + step, ... before end with x (tokens, columns). `tile` gives the rows of a tile;
-// `ready` is called once, before x is read, and returns its norm; `finish(tile)` finds the products in s.sum.
+// Products of tiles first, first + 1, ..., before end and every `step` blocks of HIGH tiles again, with x (tokens,
+// columns). `source` gives the rows of a tile; `ready` is called once, before x is read, and returns its norm;
+// `finish(tile, high)` finds the products in s.sum(., ., high).
 template <class Source, class Ready, class Finish>
-DEVICE void products(Shared& s, int first, int step, int end, const T* x, int tokens, int columns, Source source,
+DEVICE void products(Shared& s, int block, int blocks, int end, const T* x, int tokens, int columns, Source source,
                      Ready ready, Finish finish) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = block * HIGH, step = blocks * HIGH;
     if constexpr (TENSOR) {
         extern __shared__ uint4 dynamic[];
-        uint4* const ring = dynamic + threadIdx.x;  // (stage, 4 pieces, thread): every thread reads what it copied
-        T* const staged = reinterpret_cast<T*>(dynamic + STAGES * 4 * THREADS);
+        uint4* const ring = dynamic + threadIdx.x;  // (stage, piece, thread): every thread reads what it copied
+        T* const staged = reinterpret_cast<T*>(dynamic + STAGES * PIECES * THREADS);
         const int g = lane / 4, t = lane % 4, pitch = columns + 32;  // rows half a line of banks apart
         const int steps = (columns + WARPS * DEPTH - 1) / (WARPS * DEPTH);
         const int total = first < end ? (end - first + step - 1) / step * steps : 0;
         int next = first, at = 0, stage = 0;  // of the copies
         auto copy = [&] {
             if (next < end) {
-                const Tile rows = source(next);
                 const int k = (at * WARPS + warp) * DEPTH + 8 * t;
-                const uint32_t to = shared_address(ring + stage * 4 * THREADS);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int in = k + i % 2 * 32;
-                    const bool inside = g < (i < 2 ? rows.lows : rows.highs) && in < columns;
-                    const T* const from = (i < 2 ? rows.low : rows.high) + int64_t(g) * columns + in;
-                    copy_async_16(to + i * THREADS * 16, inside ? from : rows.low, inside);
+                for (int m = 0; m < HIGH; ++m) {
+                    const Tile rows = source(min(next + m, end - 1));
+                    const uint32_t to = shared_address(ring + (stage * PIECES + 4 * m) * THREADS);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const int in = k + i % 2 * 32;
+                        const bool inside = g < (i < 2 ? rows.lows : rows.highs) && in < columns && next + m < end;
+                        const T* const from = (i < 2 ? rows.low : rows.high) + int64_t(g) * columns + in;
+                        copy_async_16(to + i * THREADS * 16, inside ? from : rows.low, inside);
+                    }
                 }
                 if (++at == steps) at = 0, next += step;
             }
@@ -97,44 +104,68 @@ DEVICE void products(Shared& s, int first, int step, int end, const T* x, int to
             __syncthreads();
         }
         const uint4 zero = make_uint4(0, 0, 0, 0);
-        float c[TILES][4] = {};
-        int now = first, place = 0, slot = 0;
-        for (int i = 0; i < total; ++i) {
-            copy_async_wait<STAGES - 2>();
-            uint4 w[4];
+        uint4 v[2][TILES];  // x of a step, a step ahead where it comes from far
+        auto fetch_x = [&](int place) {
 #pragma unroll
-            for (int n = 0; n < 4; ++n) w[n] = ring[(slot * 4 + n) * THREADS];
-            copy();
-            slot = slot + 1 == STAGES ? 0 : slot + 1;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int k = (place * WARPS + warp) * DEPTH + half * 32 + 8 * t;
-                const uint4 low = w[half], high = w[2 + half];
-                const uint32_t one[4] = {low.x, high.x, low.y, high.y}, two[4] = {low.z, high.z, low.w, high.w};
+            for (int half = 0; half < 2; ++half)
 #pragma unroll
                 for (int j = 0; j < TILES; ++j) {
-                    const int token = g + 8 * j;
-                    uint4 v = zero;
-                    if (token < tokens && k < columns) {
-                        if constexpr (STAGED) v = *reinterpret_cast<const uint4*>(staged + token * pitch + k);
-                        else v = normalised(*reinterpret_cast<const uint4*>(x + int64_t(token) * columns + k), norm, token, k);
-                    }
-                    mma_bf16(c[j], one, v.x, v.y);  // columns in another order, the same for both operands
-                    mma_bf16(c[j], two, v.z, v.w);
+                    const int token = g + 8 * j, k = (place * WARPS + warp) * DEPTH + half * 32 + 8 * t;
+                    const T* const from = STAGED ? staged + token * pitch + k : x + int64_t(token) * columns + k;
+                    v[half][j] = token < tokens && k < columns ? *reinterpret_cast<const uint4*>(from) : zero;
                 }
-            }
-            if (++place == steps) {
+        };
+        float c[HIGH][TILES][4] = {};
+        int now = first, place = 0, slot = 0;
+        if constexpr (!STAGED) fetch_x(0);
+        for (int i = 0; i < total; ++i) {
+            copy_async_wait<STAGES - 2>();
+            uint4 w[PIECES];
 #pragma unroll
-                for (int j = 0; j < TILES; ++j)
+            for (int n = 0; n < PIECES; ++n) w[n] = ring[(slot * PIECES + n) * THREADS];
+            copy();
+            slot = slot + 1 == STAGES ? 0 : slot + 1;
+            if constexpr (STAGED) fetch_x(place);
+            else {
 #pragma unroll
-                    for (int r = 0; r < 4; ++r) {
-                        s.parts[(warp * TOKENS + 8 * j + 2 * t + r % 2) * PITCH + g + r / 2 * 8] = c[j][r];
-                        c[j][r] = 0.f;
+                for (int half = 0; half < 2; ++half)
+#pragma unroll
+                    for (int j = 0; j < TILES; ++j) {
+                        const int token = g + 8 * j, k = (place * WARPS + warp) * DEPTH + half * 32 + 8 * t;
+                        if (token < tokens && k < columns) v[half][j] = normalised(v[half][j], norm, token, k);
                     }
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int m = 0; m < HIGH; ++m) {
+                    const uint4 low = w[4 * m + half], high = w[4 * m + 2 + half];
+                    const uint32_t one[4] = {low.x, high.x, low.y, high.y}, two[4] = {low.z, high.z, low.w, high.w};
+#pragma unroll
+                    for (int j = 0; j < TILES; ++j) {  // columns in another order, the same for both operands
+                        mma_bf16(c[m][j], one, v[half][j].x, v[half][j].y);
+                        mma_bf16(c[m][j], two, v[half][j].z, v[half][j].w);
+                    }
+                }
+            const bool done = ++place == steps;
+            if (done) place = 0;
+            if constexpr (!STAGED) fetch_x(place);
+            if (done) {
+#pragma unroll
+                for (int m = 0; m < HIGH; ++m)
+#pragma unroll
+                    for (int j = 0; j < TILES; ++j)
+#pragma unroll
+                        for (int r = 0; r < 4; ++r) {
+                            const int row = m * ROWS + g + r / 2 * 8, token = 8 * j + 2 * t + r % 2;
+                            s.parts[(warp * TOKENS + token) * PITCH + row] = c[m][j][r];
+                            c[m][j][r] = 0.f;
+                        }
                 __syncthreads();
-                finish(now);
+#pragma unroll
+                for (int m = 0; m < HIGH; ++m)
+                    if (now + m < end) finish(now + m, m);
                 __syncthreads();
-                place = 0;
                 now += step;
             }
         }
@@ -173,7 +204,7 @@ DEVICE void products(Shared& s, int first, int step, int end, const T* x, int to
                     }
             }
             __syncthreads();
-            finish(tile);
+            finish(tile, 0);
             __syncthreads();
         }
     }
@@ -242,11 +273,11 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t begin = int64_t(at.token) * dim;
     if (blockIdx.x < of_v) {
         products(s, blockIdx.x, of_v, tiles(values), a + begin, at.tokens, dim,
-                 [&](int tile) { return Tile(wv, tile * ROWS, values, dim); }, Ready(), [&](int tile) {
+                 [&](int tile) { return Tile(wv, tile * ROWS, values, dim); }, Ready(), [&](int tile, int high) {
                      for (int i = threadIdx.x; i < at.tokens * ROWS; i += THREADS) {
                          const int token = i / ROWS, n = i % ROWS, row = tile * ROWS + n;
                          if (row >= values) continue;
-                         const float v = silu(rounded(s.sum(token, n) + bv[row]));
+                         const float v = silu(rounded(s.sum(token, n, high) + bv[row]));
                          ring[(int64_t(at.token + token) * slots + *clock % slots) * values + row] = from_float<T>(v);
                      }
                  });
@@ -262,14 +293,14 @@ __global__ void __launch_bounds__(THREADS)
                  chain_wait();
                  return rms(s, squares + at.token * groups, groups, at.tokens, dim, scale, shift, eps);
              },
-             [&](int tile) {
+             [&](int tile, int high) {
                  const int height = tile < zs ? keys : tile < rs ? values : dim;
                  const int row0 = (tile - (tile < zs ? 0 : tile < rs ? zs : rs)) * ROWS;
                  const float* const bias = tile < zs ? bz : tile < rs ? br : bh;
                  T* const y = tile < zs ? z : tile < rs ? r : h;
                  for (int i = threadIdx.x; i < at.tokens * ROWS; i += THREADS) {
                      const int token = i / ROWS, n = i % ROWS, row = row0 + n;
-                     if (row < height) y[int64_t(at.token + token) * height + row] = from_float<T>(s.sum(token, n) + bias[row]);
+                     if (row < height) y[int64_t(at.token + token) * height + row] = from_float<T>(s.sum(token, n, high) + bias[row]);
                  }
              });
 }
@@ -281,7 +312,7 @@ __global__ void __launch_bounds__(THREADS)
     chain_next();
     Group at(batch);
     products(s, blockIdx.x, gridDim.x, tiles(dim), u + int64_t(at.token) * values, at.tokens, values,
-             [&](int tile) { return Tile(w, tile * ROWS, dim, values); }, Ready(), [&](int tile) {
+             [&](int tile) { return Tile(w, tile * ROWS, dim, values); }, Ready(), [&](int tile, int high) {
                  const uint32_t half = 0xffffu << (threadIdx.x & 16);  // the lanes of a token
                  const int count = min(dim - tile * ROWS, ROWS);
                  auto sum_of = [&](float v) {
@@ -294,7 +325,7 @@ __global__ void __launch_bounds__(THREADS)
                      const int64_t to = int64_t(at.token + token) * dim + tile * ROWS + n;
                      float sum = 0.f;
                      if (n < count) {
-                         sum = rounded(rounded(s.sum(token, n)) + to_float(h[to]));
+                         sum = rounded(rounded(s.sum(token, n, high)) + to_float(h[to]));
                          sum = rounded(sum + to_float(x[to]));
                          y[to] = from_float<T>(sum);
                      }
@@ -323,12 +354,12 @@ __global__ void __launch_bounds__(THREADS)
                  chain_wait();
                  return layer(s, moments + int64_t(at.token) * tiles(dim), at.tokens, dim, centred, scale, shift, eps);
              },
-             [&](int tile) {
+             [&](int tile, int high) {
                  for (int i = threadIdx.x; i < at.tokens * STEP; i += THREADS) {
                      const int token = i / STEP, n = i % STEP, row = tile * STEP + n;
                      if (row >= width) continue;
-                     float out = silu(rounded(s.sum(token, n) + (bias ? bias[row] : 0.f)));
-                     if constexpr (GATED) out *= rounded(s.sum(token, STEP + n));
+                     float out = silu(rounded(s.sum(token, n, high) + (bias ? bias[row] : 0.f)));
+                     if constexpr (GATED) out *= rounded(s.sum(token, STEP + n, high));
                      f[int64_t(at.token + token) * width + row] = from_float<T>(out);
                  }
              });
@@ -342,11 +373,11 @@ __global__ void __launch_bounds__(THREADS)
     chain_next();
     Group at(batch);
     products(s, blockIdx.x, gridDim.x, tiles(dim), f + int64_t(at.token) * width, at.tokens, width,
-             [&](int tile) { return Tile(w, tile * ROWS, dim, width); }, Ready(), [&](int tile) {
+             [&](int tile) { return Tile(w, tile * ROWS, dim, width); }, Ready(), [&](int tile, int high) {
                  for (int i = threadIdx.x; i < at.tokens * ROWS; i += THREADS) {
                      const int token = i / ROWS, n = i % ROWS, row = tile * ROWS + n;
                      if (row >= dim) continue;
-                     float out = rounded(s.sum(token, n) + (bias ? bias[row] : 0.f));
+                     float out = rounded(s.sum(token, n, high) + (bias ? bias[row] : 0.f));
                      if (alpha) out = rounded(alpha[row] * out);
                      const int64_t to = int64_t(at.token + token) * dim + row;
                      x[to] = from_float<T>(to_float(base[to]) + out);
@@ -361,10 +392,10 @@ __global__ void __launch_bounds__(THREADS)
     chain_next();
     Group at(batch);
     products(s, blockIdx.x, gridDim.x, tiles(vocabulary), x + int64_t(at.token) * dim, at.tokens, dim,
-             [&](int tile) { return Tile(w, tile * ROWS, vocabulary, dim); }, Ready(), [&](int tile) {
+             [&](int tile) { return Tile(w, tile * ROWS, vocabulary, dim); }, Ready(), [&](int tile, int high) {
                  for (int i = threadIdx.x; i < at.tokens * ROWS; i += THREADS) {
                      const int token = i / ROWS, n = i % ROWS, row = tile * ROWS + n;
-                     if (row < vocabulary) logits[int64_t(at.token + token) * vocabulary + row] = s.sum(token, n);
+                     if (row < vocabulary) logits[int64_t(at.token + token) * vocabulary + row] = s.sum(token, n, high);
                  }
              });
     if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *clock += 1;

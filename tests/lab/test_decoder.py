@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from gecko_lab import build_model
+from gecko_lab.components import state as states
+from gecko_lab.decode_graph import Memory
 from gecko_lab.decoder import Decoder
+from gecko_lab.kernels import ops
+from gecko_lab.kernels.types import MemoryState
 from gecko_lab.model import LanguageModel
 
 BOS = 256
@@ -45,3 +49,32 @@ def test_errors() -> None:
         Decoder(model, state, 3)
     with pytest.raises(ValueError, match="tokens: expected"):
         Decoder(model, state, 2).step(torch.zeros(2, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("read", [0, 3, 8])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_a_memory_that_folds_from_rings_has_the_operations_state(read: int, with_documents: bool) -> None:
+    part, chunk, steps = small().get_submodule("blocks.0.memory"), 4, 10
+    random = torch.Generator().manual_seed(read)
+    keys, values = (torch.randn(2, read + steps, 2, size, generator=random) for size in (8, 16))
+    segments = (torch.rand(2, read + steps, generator=random) < 0.15).cumsum(1) if with_documents else None
+
+    def whole(end: int) -> MemoryState:
+        seen = None if segments is None else segments[:, :end]
+        return ops.adaptive_working_memory(keys[:, :end], keys[:, :end], values[:, :end], chunk=chunk, segments=seen)[1]
+
+    ring, ids = torch.zeros(2, 2 * chunk, 32), torch.zeros(2, 2 * chunk, dtype=torch.int64)
+    memory = Memory(part, whole(read) if read else None, ring, (2, 2, 8, 16), read)  # type: ignore[arg-type]
+    table = memory.place.table
+    for position in range(read, read + steps):
+        memory.place.keys[:, position % chunk] = keys[:, position]
+        ring[:, position % (2 * chunk)] = values[:, position].flatten(1)
+        if segments is not None:
+            ids[:, position % (2 * chunk)] = segments[:, position]
+        seen = None if segments is None else ids
+        for got, wanted in zip(states.tensors(memory.state(position + 1, seen)), states.tensors(whole(position + 1)),
+                               strict=True):
+            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+        if (position + 1) % chunk == 0:
+            memory.fold(position + 1, seen)
+            assert memory.place.table is table
