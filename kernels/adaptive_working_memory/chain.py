@@ -40,11 +40,11 @@ def backward(
     In place: grad[:, :, 0] is that of the first table, grad[:, :, f + 1] that of target f. Returned are the latter in
     dtype and `turn` (B, H, F, S), rho times the gradient of rho.
     """
-    if _served(grad, dtype) and dense_heads(grad):
+    if _served(grad, dtype) and dense_heads(grad) and dense_heads(mix):
         shape = (*rho.shape, grad.shape[4])
         narrow = torch.empty(shape, dtype=dtype, device=grad.device)
         parts = torch.empty((*rho.shape[:3], grad.shape[4] // _columns(grad), rho.shape[3]), device=grad.device)
-        _launch(grad, mix.transpose(-1, -2).contiguous(), rho, keep, tables, narrow, parts)
+        _launch(grad, mix, rho, keep, tables, narrow, parts)
         return narrow, parts.sum(3)
     steps = _transition(mix, rho, keep)
     for f in reversed(range(rho.shape[2])):

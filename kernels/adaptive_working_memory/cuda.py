@@ -12,7 +12,6 @@ from . import chain, rows, tiles
 from . import fused as fused  # registers the operators
 
 KERNELS = (*rows.MODULES, *chain.MODULES, *tiles.MODULES)
-SPILL_BUDGET = 160  # bytes: a few registers around the wgmma loop
 SMALL_HEAD = 8192  # table entries of a head up to which products are float32, as tensor cores would gain nothing
 _DTYPES = (torch.bfloat16, torch.float32)
 

@@ -184,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(256)
         for (int i = 0; i < FEATURES; ++i) partial[32 * i + lane] = top[i];
 }
 
-// Both softmaxes of the keys, (B, N * chunk, H, S): weights = exp(x - lam) over time, zero before first, and answers
+// Both softmaxes of the keys, (B, H, N * chunk, S): weights = exp(x - lam) over time, zero before first, and answers
 // over features. lam (B, H, N, S) is written from `partial`, or read where that is null.
 extern "C" __global__ void __launch_bounds__(256)
     softmax_keys(const Real* __restrict__ x, const float* __restrict__ partial, float* lam,
@@ -214,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(256)
     }
     __syncthreads();
     x += b * xb + int64_t(n) * chunk * xt + h * xh;
-    const int64_t row = ((int64_t(b) * chunks + n) * chunk * heads + h) * features;
+    weights += at * chunk * features, answers += at * chunk * features;
 #pragma unroll 2
     for (int t = blockIdx.x * SLAB + warp; t < end; t += 8) {
         float q[FEATURES], w[FEATURES];
@@ -222,42 +222,44 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
         for (int i = 0; i < FEATURES; ++i)
             w[i] = t < start ? 0.f : exp2f((q[i] - norms[32 * i + lane]) * LOG2E);
-        const int64_t to = row + int64_t(t) * heads * features;
-        write(weights + to, w, features, lane);
+        write(weights + int64_t(t) * features, w, features, lane);
         softmax(q, features, lane);
-        write(answers + to, q, features, lane);
+        write(answers + int64_t(t) * features, q, features, lane);
     }
 }
 
-// bf16 tables (N, S, E) of x float32: plain = x, centred = x - its mean over S. A block has 64 columns of a table.
+// bf16 tables (N, S, E) of x float32, S <= 256: plain = x, centred = x - its mean over S. A block has 64 columns of a
+// table, a warp every eighth row.
 extern "C" __global__ void __launch_bounds__(256)
     narrow_tables(const float* __restrict__ x, bf16* __restrict__ plain, bf16* __restrict__ centred, int rows,
                   int width) {
     __shared__ float2 sums[8][32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * 64 + 2 * lane;
     const bool use = column < width;  // width is even
-    const int64_t table = int64_t(blockIdx.y) * rows * width + column;
-    x += table, plain += table, centred += table;
-    float2 sum = make_float2(0.f, 0.f);
-    if (use)
-#pragma unroll 8
-        for (int row = warp; row < rows; row += 8) {
-            float2 v = *reinterpret_cast<const float2*>(x + int64_t(row) * width);
-            sum.x += v.x, sum.y += v.y;
-        }
+    const int64_t start = int64_t(blockIdx.y) * rows * width + column;
+    float2 v[32], sum = make_float2(0.f, 0.f);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+        const int row = warp + 8 * i;
+        v[i] = make_float2(0.f, 0.f);
+        if (use && row < rows) v[i] = *reinterpret_cast<const float2*>(x + start + int64_t(row) * width);
+    }
+#pragma unroll
+    for (int i = 0; i < 32; ++i) sum.x += v[i].x, sum.y += v[i].y;
     sums[warp][lane] = sum;
     __syncthreads();
     sum = sums[0][lane];
 #pragma unroll
     for (int w = 1; w < 8; ++w) sum.x += sums[w][lane].x, sum.y += sums[w][lane].y;
     sum.x /= rows, sum.y /= rows;
-    if (use)
-#pragma unroll 8
-        for (int row = warp; row < rows; row += 8) {
-            float2 v = *reinterpret_cast<const float2*>(x + int64_t(row) * width);
-            *reinterpret_cast<uint32_t*>(plain + int64_t(row) * width) = pack_bf16(v.x, v.y);
-            *reinterpret_cast<uint32_t*>(centred + int64_t(row) * width) = pack_bf16(v.x - sum.x, v.y - sum.y);
-        }
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+        const int row = warp + 8 * i;
+        if (!use || row >= rows) continue;
+        const int64_t at = start + int64_t(row) * width;
+        *reinterpret_cast<uint32_t*>(plain + at) = pack_bf16(v[i].x, v[i].y);
+        *reinterpret_cast<uint32_t*>(centred + at) = pack_bf16(v[i].x - sum.x, v[i].y - sum.y);
+    }
 }
 
 // The share rho (R, F, S) of each of F chunks in the running normaliser: logz' = logaddexp(lam, logz),

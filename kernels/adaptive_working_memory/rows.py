@@ -140,7 +140,9 @@ def softmax_keys(
         weights = torch.exp(keys - lam.transpose(1, 2)[:, :, None]).flatten(1, 2)
         return weights.to(x.dtype), torch.softmax(x.float(), -1).to(x.dtype), lam
     x = _rows(x)
-    weights, answers = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    # heads apart: a product over (B, H, N) is then one call
+    shape = (batch, heads, length, features)
+    weights, answers = (torch.empty(shape, dtype=x.dtype, device=x.device).transpose(1, 2) for _ in range(2))
     grid = (-(-chunk // _SLAB), chunks * heads, batch)
     layout = (*x.stride()[:3], chunks, heads, features, chunk, _wide(x))
     partial = None
@@ -211,7 +213,7 @@ def shares_backward(turn: Tensor, dlast: Tensor | None, rho: Tensor, keep: Tenso
 
 def narrow_tables(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (..., S, E) contiguous float32 in bfloat16: as it is, and less its mean over S."""
-    if not x.is_cuda or x.shape[-1] % 2:
+    if not x.is_cuda or x.shape[-1] % 2 or x.shape[-2] > 256:
         return x.to(torch.bfloat16), (x - x.mean(-2, keepdim=True)).to(torch.bfloat16)
     plain, centred = (torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for _ in range(2))
     rows, width = x.shape[-2:]

@@ -4,17 +4,19 @@ import torch
 from torch import Tensor
 
 from ..runtime import Module, arch_of
-from ..sliding_chunk_attention.tiles import boxes, flat
+from ..sliding_chunk_attention.tiles import boxes, clusters, flat
 
 _FEATURES, _PAIR, _ROWS, _SLICE = 256, 256, 128, 64
 _RING = 4 * (_ROWS + _FEATURES) * 128 + 1024
 _KERNELS = {  # name: arguments, bytes of shared memory
-    "query_gradient": ("TTPPPqqiiiiiiii", _RING),
-    "key_gradient": ("TTTTTTPPPPPqqiiii", _RING + 32 * 256 * 4),
+    "query_gradient": ("TTPPPqqiiiiiiiii", _RING),
+    "key_gradient": ("TTTTTTPPPPPqqiiiii", _RING + 32 * 256 * 4),
 }
-_MODULE = Module(__file__, "tiles.cu", kernels=tuple(_KERNELS), archs=("sm_90a",))
+_MODULE = Module(__file__, "tiles.cu", kernels=(*_KERNELS, "transpose"), archs=("sm_90a",))
 MODULES = (_MODULE,)
 _TILES = {name: _MODULE.kernel(name, args=args, block=384, smem=smem) for name, (args, smem) in _KERNELS.items()}
+
+_TRANSPOSE = _MODULE.kernel("transpose", args="PP", block=256)
 
 
 def serves(x: Tensor, v: Tensor, chunk: int, offset: int = 0) -> bool:
@@ -43,10 +45,10 @@ def query_gradient(
     least = min(skip, 1)
     _TILES["query_gradient"].launch(
         aq.get_device(),
-        (2 * -(-length // _PAIR), batch * heads),
+        clusters(aq.get_device()),
         *(boxes(dy), boxes(tables.view(1, -1, 1, tables.shape[4]))),
         *(aq.data_ptr(), out.data_ptr(), 0 if live is None else live.data_ptr(), aq.stride(0), aq.stride(1)),
-        *(length, heads, dy.shape[3], chunk, offset, skip - least, least, tables.shape[2]),
+        *(batch * heads, length, heads, dy.shape[3], chunk, offset, skip - least, least, tables.shape[2]),
     )
     return out
 
@@ -62,18 +64,22 @@ def key_gradient(
 ) -> Tensor:
     """d loss / d ak (B, L, H, S) from dmix (B, H, N, S, S) and dtarget (B, H, N, S, E), both dense bfloat16.
 
-    softmaxes are weights, answers and lam of softmax_keys; column as in softmax_both_backward.
+    softmaxes are weights, answers and lam as softmax_keys gives them; column as in softmax_both_backward.
     """
     weights, answers, lam = softmaxes
     batch, length, heads, _ = ak.shape
     out = torch.empty(ak.shape, dtype=ak.dtype, device=ak.device)
-    operands = (weights, dmix.transpose(-1, -2).contiguous(), answers, dmix, v, dtarget)
+    turned, squares = torch.empty_like(dmix), _FEATURES // 32
+    _TRANSPOSE.launch(
+        ak.get_device(), (squares, squares, dmix.shape[:3].numel()), dmix.data_ptr(), turned.data_ptr()
+    )
+    operands = (weights.transpose(1, 2), turned, answers.transpose(1, 2), dmix, v, dtarget)
     _TILES["key_gradient"].launch(
         ak.get_device(),
-        (length // _ROWS, batch * heads),
-        *(boxes(x if x.dim() == 4 else x.view(1, -1, 1, x.shape[4])) for x in operands),
+        clusters(ak.get_device()),
+        *(boxes(x if x is v else x.view(1, -1, 1, x.shape[-1])) for x in operands),
         *(x.data_ptr() for x in (ak, lam, column, out)),
         *(0 if first is None else first.data_ptr(), ak.stride(0), ak.stride(1)),
-        *(length, heads, v.shape[3], length // lam.shape[2]),
+        *(batch * heads, length, heads, v.shape[3], length // lam.shape[2]),
     )
     return out

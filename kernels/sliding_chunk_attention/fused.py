@@ -166,15 +166,15 @@ def _backward(
                 _into(scores, r, queries(gq, r), keys(gk, r))
                 _into(dweights, r, queries(gdy, r), keys(gv, r))
                 rows.softmax_rows_backward(scores, dweights, weights, dscores, lse, at, r, band, group.b, group.h)
-        for r in group.strips:
+        # the tile kernel writes the zeros of whole chunks, and these products are too narrow to be cut
+        whole = chunk if delta is not None else 0
+        for r in row_strips(band.first, band.end, chunk, whole):
             product(queries(gdq, r), band.view(dscores, r), keys(gk, r))
-        started = (
-            band.first if band.first > total - length else 0
-        )  # earlier groups have written the keys before this one
-        for r in key_strips(band.first, band.end, chunk):
-            add = r.key < started
-            product(keys(gdv, r), band.view(weights, r).transpose(-1, -2), queries(gdy, r), add=add)
-            product(keys(gdk, r), band.view(dscores, r).transpose(-1, -2), queries(gq, r), add=add)
+        # earlier groups have written the keys before this one
+        started = band.first if band.first > total - length else 0
+        for out, left, right, step in ((gdv, weights, gdy, 0), (gdk, dscores, gq, whole)):
+            for r in key_strips(band.first, band.end, chunk, step):
+                product(keys(out, r), band.view(left, r).transpose(-1, -2), queries(right, r), add=r.key < started)
     return dq, dk, dv
 
 

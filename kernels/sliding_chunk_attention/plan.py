@@ -30,30 +30,33 @@ def strip_length(chunk: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def row_strips(first: int, end: int, chunk: int) -> tuple[Rectangle, ...]:
-    """The rectangles that cover every visible (query, key) pair of the rows [first, end), each row once."""
+def row_strips(first: int, end: int, chunk: int, step: int = 0) -> tuple[Rectangle, ...]:
+    """The rectangles that cover every visible (query, key) pair of the rows [first, end), each row once.
+
+    A strip has `step` rows, strip_length(chunk) where that is 0.
+    """
     found = []
     for c in range(first // chunk, -(-end // chunk)):
-        for row, stop in _strips(c, first, end, chunk):
+        for row, stop in _strips(c, first, end, chunk, step):
             key = max(c - 1, 0) * chunk
             found.append(Rectangle(row, stop - row, key, stop - key, 1))
     return _batched(found, chunk)
 
 
 @lru_cache(maxsize=256)
-def key_strips(first: int, end: int, chunk: int) -> tuple[Rectangle, ...]:
+def key_strips(first: int, end: int, chunk: int, step: int = 0) -> tuple[Rectangle, ...]:
     """The same pairs by key: each key that a row of [first, end) sees lies in one rectangle, with all those rows."""
     found = []
     for c in range(max(first // chunk - 1, 0), -(-end // chunk)):
-        for key, stop in _strips(c, 0, end, chunk):
+        for key, stop in _strips(c, 0, end, chunk, step):
             row, last = max(key, first), min((c + 2) * chunk, end)
             if row < last:
                 found.append(Rectangle(row, last - row, key, stop - key, 1))
     return _batched(found, chunk)
 
 
-def _strips(c: int, first: int, end: int, chunk: int) -> list[tuple[int, int]]:
-    step, stop = strip_length(chunk), (c + 1) * chunk
+def _strips(c: int, first: int, end: int, chunk: int, step: int) -> list[tuple[int, int]]:
+    step, stop = step or strip_length(chunk), (c + 1) * chunk
     cuts = [(max(at, first), min(at + step, stop, end)) for at in range(c * chunk, stop, step)]
     return [(low, high) for low, high in cuts if low < high]
 

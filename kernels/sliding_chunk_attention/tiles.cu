@@ -40,32 +40,64 @@ DEVICE void put(bf16* row, int block, int lane, int room, uint32_t near, uint32_
         if (column + i < room) row[column + i].bits = uint16_t(words[i / 2] >> (i % 2 * 16));
 }
 
-// What a group's kernels share: its rows [first, end) of the timeline, the band's base and the batch row's extent in it,
-// the rows that a product over it takes at a time, and where its batch rows and heads begin.
+// What a group's kernels share: its rows [first, end) of the timeline, the band's base and a batch row's extent in it,
+// the rows that a product with the weights takes at a time, and where its batch rows and heads begin.
 struct Group {
     int64_t item;
-    int first, end, base, chunk, strip, features, width, length, total, heads, first_batch, first_head, all_heads;
+    int first, end, base, chunk, strip, features, width, length, total, heads, items, first_batch, first_head,
+        all_heads;
 };
 
-// A pair of blocks' rows and a block's keys: whether the products over strips read the tile at all, and whether a row
-// of the pair sees a key of it. Equal in both blocks.
-struct Tile {
-    int pair, t0, c, window, key0, b, h;
-    bool read, seen;
-    DEVICE Tile(const Group& g, const int* starts) {
-        pair = (g.first / PAIR + blockIdx.y / 2) * PAIR, t0 = pair + blockIdx.y % 2 * ROWS;
-        c = pair / g.chunk, window = max(c - 1, 0) * g.chunk, key0 = window + blockIdx.x * KEYS;
-        b = g.first_batch + blockIdx.z / g.heads, h = g.first_head + blockIdx.z % g.heads;
-        const int top = c * g.chunk;
-        read = key0 < min(top + ((pair + PAIR - 1 - top) / g.strip + 1) * g.strip, g.end);
-        seen = key0 < pair + PAIR && !(starts && key0 + KEYS <= starts[int64_t(b) * g.total + max(pair, g.first)]);
+// The tiles of which some row sees some key, pair of rows by pair of rows; a cluster takes every gridDim.x / 2 -th. Equal
+// in both blocks and all threads.
+struct Walk {
+    int pair, c, window, item, b, h, low, high;  // the pair's rows and the tiles [low, high) that are seen
+    int left, pairs, x;
+
+    DEVICE Walk(const Group& g, const int* starts) : left(-1), x(blockIdx.x / 2) {
+        pairs = (g.end + PAIR - 1) / PAIR - g.first / PAIR;
+        enter(g, starts);
     }
+    DEVICE void enter(const Group& g, const int* starts) {
+        item = ++left / pairs, pair = (g.first / PAIR + left % pairs) * PAIR;
+        b = g.first_batch + item / g.heads, h = g.first_head + item % g.heads;
+        c = pair / g.chunk, window = max(c - 1, 0) * g.chunk, low = 0, high = (pair - window) / KEYS + 1;
+        if (starts && item < g.items)
+            low = max(starts[int64_t(b) * g.total + max(pair, g.first)] - window, 0) / KEYS;
+    }
+    // Whether there is a tile to do: x counts from `low`.
+    DEVICE bool settle(const Group& g, const int* starts) {
+        while (x >= high - low) {
+            x -= high - low;
+            enter(g, starts);
+            if (item >= g.items) return false;
+        }
+        return item < g.items;
+    }
+    DEVICE void advance() { x += gridDim.x / 2; }
+    DEVICE int key() const { return window + (low + x) * KEYS; }
 };
 
-// Zeros where no row sees a key.
-DEVICE void blank(bf16* to, const Tile& tile, const Group& g, int room) {
-    for (int i = threadIdx.x; i < ROWS * (KEYS / 8); i += 384) {
-        const int t = tile.t0 + i / (KEYS / 8), column = i % (KEYS / 8) * 8;
+// -infinity where a row, the first or second of a thread's, does not see a key: k in [low, high] and not dropped, with k
+// counted from the lane's first key, which is the `first`-th of the row's window.
+DEVICE void mask(float (&sum)[128], int half, int low, int high, uint32_t key = 0, int first = 0,
+                 uint32_t threshold = 0) {
+#pragma unroll
+    for (int j = 0; j < 32; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            bool seen = 8 * j + i >= low && 8 * j + i <= high;
+#if DROPOUT
+            seen = seen && !dropped(key, first + 8 * j + i, threshold);
+#endif
+            if (!seen) sum[4 * j + 2 * half + i] = -INFINITY;
+        }
+}
+
+// Zeros in the columns [0, room) of a tile, by both warpgroups.
+DEVICE void blank(bf16* to, int t0, int room, const Group& g) {
+    for (int i = threadIdx.x - 128; i < ROWS * (KEYS / 8); i += 256) {
+        const int t = t0 + i / (KEYS / 8), column = i % (KEYS / 8) * 8;
         if (t < g.first || t >= g.end) continue;
         bf16* row = to + int64_t(t - g.first) * 2 * g.chunk + column;
         if (column + 8 <= room) {
@@ -77,103 +109,104 @@ DEVICE void blank(bf16* to, const Tile& tile, const Group& g, int room) {
 }
 
 template <bool GRADIENT>
-DEVICE void tile_of_weights(const TensorMap& queries, const TensorMap& keys, const TensorMap& grads,
-                            const TensorMap& values, bf16* weights, bf16* dscores, const float* lse,
-                            const float* delta, const int* starts, const int64_t* seed, uint32_t threshold,
-                            const Group& g) {
+DEVICE void tiles_of_weights(const TensorMap& queries, const TensorMap& keys, const TensorMap& grads,
+                             const TensorMap& values, bf16* weights, bf16* dscores, const float* lse,
+                             const float* delta, const int* starts, const int64_t* seed, uint32_t threshold,
+                             const Group& g) {
     extern __shared__ uint8_t memory[];
     __shared__ __align__(8) uint64_t barriers[2 * STAGES];
-    const Tile tile(g, starts);
-    if (!tile.read) return;
-    const int key0 = tile.key0, room = min((tile.c + 1) * g.chunk, g.end) - key0, offset = g.total - g.length;
-    const int64_t corner = blockIdx.z * g.item + key0 - g.base;
-    if (!tile.seen) {
-        blank(weights + corner, tile, g, room);
-        if (GRADIENT) blank(dscores + corner, tile, g, room);
-        return;
-    }
     Ring ring;
     ring.open(memory, barriers);
-    const int middle = g.features / 64, last = middle + (GRADIENT ? g.width / 64 : 0);
+    const int middle = g.features / 64, last = middle + (GRADIENT ? g.width / 64 : 0), offset = g.total - g.length;
+    const int rank = int(ring.rank) * ROWS;
+    int slice = 0;
 
     if (threadIdx.x < 128) {
         fewer_registers<40>();
-        if (threadIdx.x == 0) {
-            const int row = tile.b * g.length + tile.t0 - offset, key = tile.b * g.total + key0;
-            for (int i = 0; i < last; ++i) {
-                const bool early = i < middle;
-                const int column = early ? tile.h * g.features + i * 64 : tile.h * g.width + (i - middle) * 64;
-                ring.fill(i, early ? &queries : &grads, row, column, early ? &keys : &values, key, column);
+        if (threadIdx.x == 0)
+            for (Walk at(g, starts); at.settle(g, starts); at.advance(), slice += last) {
+                const int row = at.b * g.length + at.pair + rank - offset, key = at.b * g.total + at.key();
+                for (int i = 0; i < last; ++i) {
+                    const bool early = i < middle;
+                    const int column = early ? at.h * g.features + i * 64 : at.h * g.width + (i - middle) * 64;
+                    ring.fill(slice + i, early ? &queries : &grads, row, column, early ? &keys : &values, key, column);
+                }
             }
-        }
         __syncwarp();
     } else {
         more_registers<232>();
         const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-        const int top = tile.t0 + group * 64 + warp * 16 + lane / 4;
-        float sum[128];
-        ring.multiply(sum, group, 0, middle);
         uint32_t held[32], *kept = reinterpret_cast<uint32_t*>(ring.rest(memory)) + threadIdx.x % 256;
-        const int64_t place = int64_t(tile.b * g.all_heads + tile.h) * g.length - offset;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int t = top + 8 * half;
-            const bool inside = t >= g.first && t < g.end;
-            const float norm = inside ? lse[place + t] * LOG2E : INFINITY;
-            // what the row sees, counted from the lane's first key; a row that sees nothing has an infinite norm
-            const int lane0 = key0 + lane % 4 * 2;
-            const int low = (inside && starts ? starts[int64_t(tile.b) * g.total + t] : 0) - lane0;
-            const int high = (isinf(norm) ? -1 : t) - lane0;
-#if DROPOUT
-            const uint32_t key = row_key(uint64_t(*seed), tile.b * g.all_heads + tile.h, t);
-#endif
-            bf16* row = weights + corner + int64_t(t - g.first) * 2 * g.chunk;
-#pragma unroll
-            for (int j = 0; j < 32; j += 2) {
-                uint32_t words[2];
-#pragma unroll
-                for (int n = 0; n < 2; ++n) {
-                    float p[2];
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        const int at = 8 * (j + n) + i;
-                        bool seen = at >= low && at <= high;
-#if DROPOUT
-                        seen = seen && !dropped(key, at + lane0 - tile.window, threshold);
-#endif
-                        p[i] = seen ? exp2_ftz(sum[4 * (j + n) + 2 * half + i] * LOG2E - norm) : 0.f;
-                    }
-                    const uint32_t pair = pack_half(p[0] * SCALE, p[1] * SCALE);
-                    if (GRADIENT && half == 0) held[j + n] = pair;
-                    if (GRADIENT && half == 1) kept[256 * (j + n)] = pair;
-                    words[n] = pack_bf16(p[0], p[1]);
-                }
-                put(row, j, lane, room, words[0], words[1], inside);
-                asm volatile("" ::: "memory");  // in this order: registers are short
+        for (Walk at(g, starts); at.settle(g, starts); at.advance(), slice += last) {
+            const int t0 = at.pair + rank, top = t0 + group * 64 + warp * 16 + lane / 4;
+            const int key0 = at.key(), close = min((at.c + 1) * g.chunk, g.end), room = close - key0;
+            const int64_t origin = at.item * g.item - g.base, corner = origin + key0;
+            const int64_t place = int64_t(at.b * g.all_heads + at.h) * g.length - offset;
+            // The products also read tiles that no row sees: zeros, which the pair's tiles share between them.
+            const int strip = at.c * g.chunk, until = strip + ((at.pair + PAIR - 1 - strip) / g.strip + 1) * g.strip;
+            for (int k = at.x; k < (close - at.window + KEYS - 1) / KEYS - (at.high - at.low); k += at.high - at.low) {
+                const int from = at.window + (k < at.low ? k : at.high + k - at.low) * KEYS;
+                if (from < until) blank(weights + origin + from, t0, close - from, g);
+                if (GRADIENT) blank(dscores + origin + from, t0, close - from, g);
             }
-        }
-
-        if (GRADIENT) {
-            ring.multiply(sum, group, middle, last);
+            float sum[128];
+            ring.multiply(sum, group, slice, slice + middle);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int t = top + 8 * half;
                 const bool inside = t >= g.first && t < g.end;
-                const float mean = inside ? delta[place + t] : 0.f;
-                bf16* row = dscores + corner + int64_t(t - g.first) * 2 * g.chunk;
+                const float norm = inside ? lse[place + t] * LOG2E : INFINITY;
+                // what the row sees, counted from the lane's first key; a row that sees nothing has an infinite norm
+                const int lane0 = key0 + lane % 4 * 2;
+                const int low = (inside && starts ? starts[int64_t(at.b) * g.total + t] : 0) - lane0;
+                const int high = (isinf(norm) ? -1 : t) - lane0;
+#if DROPOUT
+                const uint32_t key = row_key(uint64_t(*seed), at.b * g.all_heads + at.h, t);
+                mask(sum, half, low, high, key, lane0 - at.window, threshold);
+#else
+                if (__any_sync(0xffffffffu, low > 0 || high < KEYS)) mask(sum, half, low, high);
+#endif
+                bf16* row = weights + corner + int64_t(t - g.first) * 2 * g.chunk;
 #pragma unroll
                 for (int j = 0; j < 32; j += 2) {
                     uint32_t words[2];
 #pragma unroll
                     for (int n = 0; n < 2; ++n) {
-                        const float* d = sum + 4 * (j + n) + 2 * half;
-                        float low, high;
-                        unpack_half(half ? kept[256 * (j + n)] : held[j + n], low, high);
-                        // a masked weight is an exact zero, and what it multiplies need not be finite
-                        words[n] = pack_bf16(low == 0.f ? 0.f : low * (1.f / SCALE) * (d[0] - mean),
-                                             high == 0.f ? 0.f : high * (1.f / SCALE) * (d[1] - mean));
+                        float p[2];
+#pragma unroll
+                        for (int i = 0; i < 2; ++i) p[i] = exp2_ftz(sum[4 * (j + n) + 2 * half + i] * LOG2E - norm);
+                        const uint32_t pair = pack_half(p[0] * SCALE, p[1] * SCALE);
+                        if (GRADIENT && half == 0) held[j + n] = pair;
+                        if (GRADIENT && half == 1) kept[256 * (j + n)] = pair;
+                        words[n] = pack_bf16(p[0], p[1]);
                     }
                     put(row, j, lane, room, words[0], words[1], inside);
+                    asm volatile("" ::: "memory");  // in this order: registers are short
+                }
+            }
+
+            if (GRADIENT) {
+                ring.multiply(sum, group, slice + middle, slice + last);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int t = top + 8 * half;
+                    const bool inside = t >= g.first && t < g.end;
+                    const float mean = inside ? delta[place + t] : 0.f;
+                    bf16* row = dscores + corner + int64_t(t - g.first) * 2 * g.chunk;
+#pragma unroll
+                    for (int j = 0; j < 32; j += 2) {
+                        uint32_t words[2];
+#pragma unroll
+                        for (int n = 0; n < 2; ++n) {
+                            const float* d = sum + 4 * (j + n) + 2 * half;
+                            float low, high;
+                            unpack_half(half ? kept[256 * (j + n)] : held[j + n], low, high);
+                            // a masked weight is an exact zero, and what it multiplies need not be finite
+                            words[n] = pack_bf16(low == 0.f ? 0.f : low * (1.f / SCALE) * (d[0] - mean),
+                                                 high == 0.f ? 0.f : high * (1.f / SCALE) * (d[1] - mean));
+                        }
+                        put(row, j, lane, room, words[0], words[1], inside);
+                    }
                 }
             }
         }
@@ -181,28 +214,28 @@ DEVICE void tile_of_weights(const TensorMap& queries, const TensorMap& keys, con
     ring.close();
 }
 
-// weights (a band of the group) = exp(S - lse), zeros elsewhere.
-extern "C" __global__ void __cluster_dims__(1, 2, 1) __launch_bounds__(384, 1)
+// weights (a band of the group) = exp(S - lse), and zeros up to the strip's last row. Blocks: as many as run at once.
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     weights(const __grid_constant__ TensorMap queries, const __grid_constant__ TensorMap keys, bf16* weights,
             const float* lse, const int* starts, const int64_t* seed, uint32_t threshold, int64_t item, int first,
             int end, int base, int chunk, int strip, int features, int width, int length, int total, int heads,
-            int first_batch, int first_head, int all_heads) {
-    const Group g{item,  first,  end,   base,  chunk,       strip,      features,
-                  width, length, total, heads, first_batch, first_head, all_heads};
-    tile_of_weights<false>(queries, keys, queries, keys, weights, weights, lse, lse, starts, seed, threshold, g);
+            int items, int first_batch, int first_head, int all_heads) {
+    const Group g{item,   first, end,   base,  chunk,       strip,      features, width,
+                  length, total, heads, items, first_batch, first_head, all_heads};
+    tiles_of_weights<false>(queries, keys, queries, keys, weights, weights, lse, lse, starts, seed, threshold, g);
 }
 
-// The same, and dscores = weights * (dP - delta).
-extern "C" __global__ void __cluster_dims__(1, 2, 1) __launch_bounds__(384, 1)
+// The same, and dscores = weights * (dP - delta), and zeros up to the chunk's last row.
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     weights_and_gradient(const __grid_constant__ TensorMap queries, const __grid_constant__ TensorMap keys,
                          const __grid_constant__ TensorMap grads, const __grid_constant__ TensorMap values,
                          bf16* weights, bf16* dscores, const float* lse, const float* delta, const int* starts,
                          const int64_t* seed, uint32_t threshold, int64_t item, int first, int end, int base,
                          int chunk, int strip, int features, int width, int length, int total, int heads,
-                         int first_batch, int first_head, int all_heads) {
-    const Group g{item,  first,  end,   base,  chunk,       strip,      features,
-                  width, length, total, heads, first_batch, first_head, all_heads};
-    tile_of_weights<true>(queries, keys, grads, values, weights, dscores, lse, delta, starts, seed, threshold, g);
+                         int items, int first_batch, int first_head, int all_heads) {
+    const Group g{item,   first, end,   base,  chunk,       strip,      features, width,
+                  length, total, heads, items, first_batch, first_head, all_heads};
+    tiles_of_weights<true>(queries, keys, grads, values, weights, dscores, lse, delta, starts, seed, threshold, g);
 }
 
 // lse (B, H, L) = log of the sum of exp(S) over the keys that a row sees; infinite where it sees nothing, or where its
@@ -249,26 +282,23 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
             for (int half = 0; half < 2; ++half) {
                 const int t = top + 8 * half, before = low[half] - lane0, last = t - lane0;
 #if DROPOUT
-                const uint32_t key = row_key(uint64_t(*seed), b * heads + h, t);
+                mask(sum, half, before, last, row_key(uint64_t(*seed), b * heads + h, t), lane0 - window, threshold);
+#else
+                if (__any_sync(0xffffffffu, before > 0 || last < KEYS)) mask(sum, half, before, last);
 #endif
                 float more = most[half];
 #pragma unroll
                 for (int j = 0; j < 32; ++j)
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        float& x = sum[4 * j + 2 * half + i];
-                        bool seen = 8 * j + i >= before && 8 * j + i <= last;
-#if DROPOUT
-                        seen = seen && !dropped(key, 8 * j + i + lane0 - window, threshold);
-#endif
-                        x = seen ? x * LOG2E : -INFINITY;
-                        more = fmaxf(more, x);
-                    }
+                    more = fmaxf(more, fmaxf(sum[4 * j + 2 * half], sum[4 * j + 2 * half + 1]));
                 if (more == -INFINITY) continue;
                 float part = 0.f;
+                const float shift = more * LOG2E;
 #pragma unroll
-                for (int j = 0; j < 32; ++j) part += exp2_ftz(sum[4 * j + 2 * half] - more) + exp2_ftz(sum[4 * j + 2 * half + 1] - more);
-                all[half] = all[half] * exp2_ftz(most[half] - more) + part;
+                for (int j = 0; j < 32; ++j) {
+                    part += exp2_ftz(sum[4 * j + 2 * half] * LOG2E - shift);
+                    part += exp2_ftz(sum[4 * j + 2 * half + 1] * LOG2E - shift);
+                }
+                all[half] = all[half] * exp2_ftz(most[half] * LOG2E - shift) + part;
                 most[half] = more;
             }
         }
@@ -276,10 +306,11 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
         for (int half = 0; half < 2; ++half) {
             const int t = top + 8 * half;
             const float more = warp_max<4>(most[half]);
-            const float sum = warp_sum<4>(most[half] == -INFINITY ? 0.f : all[half] * exp2_ftz(most[half] - more));
+            const float part = most[half] == -INFINITY ? 0.f : all[half] * exp2_ftz((most[half] - more) * LOG2E);
+            const float sum = warp_sum<4>(part);
             if (t >= offset && t < total && lane % 4 == 0)
                 lse[int64_t(b * heads + h) * length + t - offset] =
-                    isinf(more) ? INFINITY : (more + log2f(sum)) * (1.f / LOG2E);
+                    isinf(more) ? INFINITY : more + logf(sum);
         }
     }
     ring.close();

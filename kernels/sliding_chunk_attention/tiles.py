@@ -1,9 +1,12 @@
 """Log-sum-exp, weights and logit gradients in one kernel a group, on sm_90a: tiles.cu."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from ..runtime import Kernel, Module, arch_of, tensor_map_2d
+from ..runtime.device import attribute
 from .plan import Band, strip_length
 from .rows import Rows
 
@@ -12,8 +15,8 @@ _PAIR = 2 * _ROWS
 _RING = 4 * (_ROWS + _KEYS) * 128 + 1024
 _KERNELS = {  # name: arguments, bytes of shared memory
     "row_norms": ("TTPPPIiiiii", _RING),
-    "weights": ("TTPPPPIqiiiiiiiiiiiii", _RING),
-    "weights_and_gradient": ("TTTTPPPPPPIqiiiiiiiiiiiii", _RING + 32 * 256 * 4),
+    "weights": ("TTPPPPIqiiiiiiiiiiiiii", _RING),
+    "weights_and_gradient": ("TTTTPPPPPPIqiiiiiiiiiiiiii", _RING + 32 * 256 * 4),
 }
 _MODULE = Module(__file__, "tiles.cu", kernels=(*_KERNELS, "row_products"), archs=("sm_90a",))
 MODULES = tuple(_MODULE.specialise(DROPOUT=drop) for drop in (False, True))
@@ -109,12 +112,18 @@ def _launch(
     batch, heads, item = out.shape
     _TILES[name, at.seed is not None].launch(
         out.get_device(),
-        (2 * at.chunk // _KEYS, _pairs(band.first, band.end), batch * heads),
+        clusters(out.get_device()),
         *maps,
         *map(_pointer, (*tensors, at.starts, at.seed)),
         *(at.threshold, item, band.first, band.end, band.base, at.chunk, strip_length(at.chunk)),
-        *(features, width, at.length, at.total, heads, b, h, at.heads),
+        *(features, width, at.length, at.total, heads, batch * heads, b, h, at.heads),
     )
+
+
+@lru_cache
+def clusters(device: int) -> int:
+    """Blocks of the persistent kernels: one a multiprocessor, in pairs."""
+    return attribute(device, "MULTIPROCESSOR_COUNT") // 2 * 2
 
 
 def _pairs(first: int, end: int) -> int:
