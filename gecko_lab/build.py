@@ -116,7 +116,10 @@ def _explain(overrides: list[str], error: Exception) -> str:
                     return f"unknown {key.removeprefix('model/')} {name!r}. {nearest(name, options(key))}"
             if key in ("ablation", "experiment") and not override.is_add():
                 return f"write +{key}={value} (with a plus): none is chosen by default"
-        elif (message := _unknown_field(key, chosen_groups)) is not None and not override.is_add():
+    for override in parsed:  # after the groups: the fields are those of what they choose
+        key = override.key_or_group
+        message = None if key in groups() or override.is_add() else _unknown_field(key, chosen_groups)
+        if message is not None:
             return message
     cause = error.__cause__ or error
     lines = [line for line in str(error).splitlines() if line.strip()]
