@@ -6,7 +6,7 @@ saved; ``Batch`` and ``answers`` continue many prompts side by side.
 
 from .batch import Answer, Batch, answers
 from .reading import PIECE, Reader, read
-from .sampling import Chooser, Sampling, pick
+from .sampling import Chooser, Sampling
 from .session import Mark, Session
 from .stream import generate
 from .text import StopText, TextStream
@@ -24,6 +24,5 @@ __all__ = [
     "TextStream",
     "answers",
     "generate",
-    "pick",
     "read",
 ]

@@ -77,16 +77,6 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
 
 
-def pick(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, generator: torch.Generator | None = None,
-         ) -> Tensor:
-    """One token (B,) from logits (B, V) for a loop of your own; temperature 0 is greedy, top_k 0 keeps all."""
-    sampling = Sampling(temperature, top_k)
-    if temperature == 0:
-        return logits.argmax(-1)
-    uniform = torch.rand(logits.shape[0], dtype=torch.float64, device=logits.device, generator=generator)
-    return draw(distribution(logits, sampling), uniform)
-
-
 def mark_seen(seen: Tensor, tokens: Tensor, bos_id: int | None, rows: Sequence[int] | None = None) -> None:
     """Set ``seen`` (B, V) bool, in place, for tokens (B, L) other than BOS; or for tokens of ``rows`` of it alone."""
     chosen = torch.arange(seen.shape[0]) if rows is None else torch.tensor(list(rows))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from ..artifacts import open_artifact
 from ..errors import LabError
-from ..generation import TextStream, pick
+from ..generation import Sampling, answers
 from ..tasks import Subject, nothing
 from ..tasks.base import Progress
 from ..tasks.continuations import pair, score
@@ -64,35 +62,30 @@ class HarnessModel(LM):
         return [nats for nats, _ in self._scored([("", str(r.args[0])) for r in requests])]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        answers = []
-        for request in requests:
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for index, request in enumerate(requests):
             options: dict[str, Any] = dict(request.args[1])
             until = options.get("until") or []
-            stops = [until] if isinstance(until, str) else list(until)
-            length = int(options.get("max_gen_toks", LENGTH))
-            temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
-            answers.append(self._answer(str(request.args[0]), stops, length, temperature))
-            self.progress(len(answers), len(requests))
-        return answers
+            stops = (until,) if isinstance(until, str) else tuple(until)
+            temperature = float(options.get("temperature", 1.0)) if options.get("do_sample") else 0.0
+            key = (stops, int(options.get("max_gen_toks", LENGTH)), temperature, float(options.get("top_p", 1.0)))
+            groups.setdefault(key, []).append(index)
+        found, done = [""] * len(requests), 0
+        for (stops, length, temperature, top_p), members in groups.items():
+            texts = [str(requests[i].args[0]) for i in members]
+            sampling = Sampling(temperature=temperature, top_p=top_p)
+            with self.subject.inference():
+                for answer in answers(
+                    self.subject.model, self.subject.tokenizer, texts, length, sampling=sampling, stop=stops
+                ):
+                    found[members[answer.prompt]] = answer.text
+                    done += 1
+                    self.progress(done, len(requests))
+        return found
 
     def _scored(self, texts: list[tuple[str, str]]) -> list[tuple[float, bool]]:
         found = score(self.subject, [pair(self.subject.tokenizer, *both) for both in texts], self.progress)
         return [(-float(nats), bool(exact)) for nats, exact in zip(found.nats, found.exact)]
-
-    def _answer(self, text: str, stops: list[str], length: int, temperature: float) -> str:
-        subject = self.subject
-        tokens = np.concatenate([[subject.tokenizer.bos_id], subject.tokenizer.encode(text).astype(np.int64)])
-        logits, state = subject.read(torch.from_numpy(tokens)[None])
-        stream, made = TextStream(subject.tokenizer), ""
-        random = torch.Generator(device=subject.device).manual_seed(0)
-        for _ in range(length):
-            token = pick(logits, temperature=temperature, generator=random)
-            made += stream.push(int(token))
-            if any(stop in made for stop in stops):
-                return made[: min(made.index(stop) for stop in stops if stop in made)]
-            features, state = subject.features(token[:, None], state, None)
-            logits = subject.logits(features)[:, 0]
-        return made + stream.end()
 
 
 def choice_task(name: str, file: str) -> dict[str, Any]:

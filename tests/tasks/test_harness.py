@@ -5,7 +5,6 @@ from pathlib import Path
 
 import lm_eval
 import pytest
-from copier import Copier
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
@@ -57,11 +56,17 @@ def test_rolling_reads_whole_texts_from_bos(subject: Subject) -> None:
     assert whole == pytest.approx(first[0] + rest[0], rel=1e-5)
 
 
-@pytest.mark.parametrize(("until", "wanted"), [(["e"], " d "), ([" f"], " d e"), ([], " d e f. ")])
-def test_answers_end_before_the_stop_string(until: list[str], wanted: str) -> None:
-    model = HarnessModel.of(Copier())
-    options = {"until": until, "max_gen_toks": 8}
-    assert model.generate_until([request("generate_until", "a b c d e f. a b c", options)]) == [wanted]
+def test_answers_end_before_the_stop_string(subject: Subject) -> None:
+    model = HarnessModel.of(subject)
+    options = {"until": [], "max_gen_toks": 24}
+    ask = lambda text, **more: request("generate_until", text, {**options, **more})
+    whole, other = model.generate_until([ask("a b c"), ask("something longer")])
+    stop = whole[len(whole) // 2]
+    cut, same = model.generate_until([ask("a b c", until=stop), ask("something longer")])
+    assert cut == whole[: whole.index(stop)] != whole
+    assert same == other
+    sampled = [model.generate_until([ask("a b c", do_sample=True, temperature=9.0)])[0] for _ in range(2)]
+    assert sampled[0] == sampled[1] != whole
 
 
 def test_the_command(run_folder: Path, questions: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
