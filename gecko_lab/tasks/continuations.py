@@ -8,14 +8,15 @@ tokenizer that joins a space to the following word wants it. The text begins wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..data.tokenizers import Tokenizer
-from .base import Progress, nothing
+from .base import Column, Progress, nothing
+from .files import share
 from .subject import Scored, Subject
 
 PIECE = 8192  # tokens of a row that are read at once
@@ -58,6 +59,27 @@ def score(subject: Subject, pairs: Sequence[Pair], progress: Progress = nothing)
         progress(done, count)
     found.exact[:] = found.right == found.tokens
     return found
+
+
+WORTH = (
+    Column("rows", "rows", ",d"), Column("exact", "exact", ".1%"), Column("exact_error", "+-", ".1%"),
+    Column("token_accuracy", "tokens right", ".1%"), Column("nats", "nats a token", ".3f"),
+    Column("gain", "gain", "+.3f"),
+)  # fmt: skip
+
+
+def worth(nats: np.ndarray, tokens: np.ndarray, right: np.ndarray) -> dict[str, Any]:
+    """What ``WORTH`` shows, from ``score``'s numbers as (n, 2): after the text with what is asked for, and without it.
+
+    ``gain`` is how many nats a token cheaper the answer is with it.
+    """
+    exact, error = share(right[:, 0] == tokens[:, 0])
+    each = nats / tokens
+    return {
+        "rows": len(nats), "exact": exact, "exact_error": error,
+        "token_accuracy": float(right[:, 0].sum() / tokens[:, 0].sum()),
+        "nats": float(each[:, 0].mean()), "gain": float((each[:, 1] - each[:, 0]).mean()),
+    }  # fmt: skip
 
 
 def _batch(subject: Subject, pairs: list[Pair], length: int) -> tuple[np.ndarray, np.ndarray]:

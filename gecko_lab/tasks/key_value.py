@@ -11,10 +11,10 @@ import numpy as np
 from ..components.registry import option
 from ..errors import ConfigError, LabError
 from .base import TASKS, Column, Progress, Task, nothing
-from .continuations import Pair, pair, score
+from .continuations import WORTH, Pair, pair, score, worth
 from .figures import Line, lines
 from .files import field as value_of
-from .files import read_rows, share
+from .files import read_rows
 from .subject import Subject
 
 FORM = "rows {ordered_kv_records: [[key, value], ...], key, value}"
@@ -35,12 +35,7 @@ class KeyValue(Task):
         depths: list[float] = option([0.0, 0.25, 0.5, 0.75, 1.0], "where the record stands: 0 first, 1 last")
         prompt: str = option(PROMPT, "the text before the value, with {records} and {key}")
 
-    columns = (
-        Column("depth", "depth", ".2f"), Column("distance", "tokens back", ",.0f"), Column("rows", "rows", ",d"),
-        Column("exact", "exact", ".1%"), Column("exact_error", "+-", ".1%"),
-        Column("token_accuracy", "tokens right", ".1%"), Column("nats", "nats a token", ".3f"),
-        Column("gain", "gain", "+.3f"),
-    )  # fmt: skip
+    columns = (Column("depth", "depth", ".2f"), Column("distance", "tokens back", ",.0f"), *WORTH)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -62,15 +57,10 @@ class KeyValue(Task):
         shape = (len(depths), len(self.rows), 2)
         nats, tokens, right = (np.reshape(x, shape) for x in (found.nats, found.tokens, found.right))
         away = np.reshape([case[2] for case in cases], shape[:2])
-        rows = []
-        for d, depth in enumerate(depths):
-            exact, error = share(right[d, :, 0] == tokens[d, :, 0])
-            each = nats[d] / tokens[d]
-            rows.append({
-                "depth": depth, "distance": float(away[d].mean()), "rows": len(self.rows), "exact": exact,
-                "exact_error": error, "token_accuracy": float(right[d, :, 0].sum() / tokens[d, :, 0].sum()),
-                "nats": float(each[:, 0].mean()), "gain": float((each[:, 1] - each[:, 0]).mean()),
-            })  # fmt: skip
+        rows = [
+            {"depth": depth, "distance": float(away[d].mean()), **worth(nats[d], tokens[d], right[d])}
+            for d, depth in enumerate(depths)
+        ]
         return {"rows": rows, "window": subject.window}
 
     def figures(self, results: dict[str, Any]) -> dict[str, str]:

@@ -10,8 +10,8 @@ import numpy as np
 from ..components.registry import option
 from ..errors import ConfigError, LabError
 from .base import TASKS, Column, Progress, Task, nothing
-from .continuations import pair, score
-from .files import field, read_rows, share
+from .continuations import WORTH, pair, score, worth
+from .files import field, read_rows
 from .subject import Subject
 
 FORM = "rows {prompt, correct_line, expected_number}"
@@ -30,12 +30,7 @@ class LineRetrieval(Task):
         ending: str = option("The <REGISTER_CONTENT> is <", "text put after the prompt, which the number follows")
         bins: int = option(4, "groups of rows by distance, of equal size")
 
-    columns = (
-        Column("nearest", "from", ",d"), Column("farthest", "to tokens back", ",d"), Column("rows", "rows", ",d"),
-        Column("exact", "exact", ".1%"), Column("exact_error", "+-", ".1%"),
-        Column("token_accuracy", "tokens right", ".1%"), Column("nats", "nats a token", ".3f"),
-        Column("gain", "gain", "+.3f"),
-    )  # fmt: skip
+    columns = (Column("nearest", "from", ",d"), Column("farthest", "to tokens back", ",d"), *WORTH)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -59,15 +54,10 @@ class LineRetrieval(Task):
             pairs += [pair(subject.tokenizer, text + self.config.ending, number) for text in texts]
         found = score(subject, pairs, progress)
         nats, tokens, right = (np.reshape(x, (-1, 2)) for x in (found.nats, found.tokens, found.right))
-        each, rows = nats / tokens, []
+        rows = []
         for chosen in np.array_split(np.argsort(away, kind="stable"), min(self.config.bins, len(away))):
-            exact, error = share(right[chosen, 0] == tokens[chosen, 0])
-            rows.append({
-                "nearest": int(min(away[i] for i in chosen)), "farthest": int(max(away[i] for i in chosen)),
-                "rows": len(chosen), "exact": exact, "exact_error": error,
-                "token_accuracy": float(right[chosen, 0].sum() / tokens[chosen, 0].sum()),
-                "nats": float(each[chosen, 0].mean()), "gain": float((each[chosen, 1] - each[chosen, 0]).mean()),
-            })  # fmt: skip
+            span = {"nearest": int(min(away[i] for i in chosen)), "farthest": int(max(away[i] for i in chosen))}
+            rows.append({**span, **worth(nats[chosen], tokens[chosen], right[chosen])})
         return {"rows": rows, "window": subject.window, "exact": float((right[:, 0] == tokens[:, 0]).mean())}
 
     def summary(self, results: dict[str, Any]) -> dict[str, str]:
