@@ -27,6 +27,7 @@ from .kernels.decode_step import cuda as kernels
 from .kernels.types import AttentionState, MemoryState, NormState
 from .model import LanguageModel, ModelState
 
+EARLY_ROWS = 4  # beyond, kernels are long, and blocks that wait early only take room (docs/log.md)
 PLACES: dict[str, tuple[type, ...]] = {
     "timenorm": (TimestepDecayNorm, TimestepNorm),
     "cema": (ComplexEMA, RealEMA, NoEMA),
@@ -277,7 +278,7 @@ class GraphStep:
         )
         x, other = activation(dim), activation(dim)
         scale = math.sqrt(dim) if config.scale_embeddings else 1.0
-        self.chain = kernels.Chain(index)
+        self.chain = kernels.Chain(index, early=batch <= EARLY_ROWS)
         bos = -1 if bos_id is None else bos_id
         kernels.begin(self.chain, self.clock, self.tokens, weight.contiguous(), x, scale=scale, bos=bos)
         for layer in self.layers:

@@ -75,10 +75,13 @@ _kernels: dict[tuple[Module, str], Kernel] = {}
 
 
 class Chain:
-    """Launches in order on one device. Tensors given to ``add`` must live, in place, as long as the chain."""
+    """Launches in order on one device. Tensors given to ``add`` must live, in place, as long as the chain.
 
-    def __init__(self, device_index: int) -> None:
-        self.device_index = device_index
+    ``early``: each may begin before the one before it has ended.
+    """
+
+    def __init__(self, device_index: int, early: bool) -> None:
+        self.device_index, self.early = device_index, early
         self._launches: list[tuple[Kernel, tuple[int, ...], tuple[int | float, ...], int]] = []
         self._tensors: list[Tensor] = []
 
@@ -94,9 +97,9 @@ class Chain:
         self._launches.append((kernel, grid, numbers, smem))
 
     def run(self) -> None:
-        """Enqueue all of them on torch's current stream; each may begin before the one before it has ended."""
+        """Enqueue all of them on torch's current stream."""
         for index, (kernel, grid, values, smem) in enumerate(self._launches):
-            launch = kernel.launch_early if index else kernel.launch
+            launch = kernel.launch_early if self.early and index else kernel.launch
             launch(self.device_index, grid, *values, smem=smem)
 
 

@@ -1,4 +1,4 @@
-"""Where a step of decoding spends its time: the whole step, its graph with and without early launches, each kernel.
+"""Where a step of decoding spends its time: the whole step, its launches early and plain, each kernel.
 
 python -m tests.gpu.timing_decode     (4 layers of the 7B shape in bf16, after 4096 tokens)
 """
@@ -49,11 +49,12 @@ def main() -> None:
         assert step is not None
         print(f"B={batch}: step {milliseconds(lambda d=decoder, t=tokens: d.step(t)):.4f} ms", end="")
         launches, index = step.chain._launches, step.chain.device_index
-        plain = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(plain):
-            for kernel, grid, values, smem in launches:
-                kernel.launch(index, grid, *values, smem=smem)
-        print(f", graph {milliseconds(step.graph.replay):.4f}, without early launches {milliseconds(plain.replay):.4f}")
+        for step.chain.early in (True, False):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step.chain.run()
+            print(f", {'early' if step.chain.early else 'plain'} launches {milliseconds(graph.replay):.4f}", end="")
+        print()
         for name in dict.fromkeys(kernel.name for kernel, *_ in launches):
             mine = [launch for launch in launches if launch[0].name == name]
 
