@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--precision", choices=("32-true", "bf16-mixed", "bf16-true"), help="as in training")
     add_device_argument(p)
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    p.add_argument("--samples", type=Path, metavar="FILE", help="also write every question's answers, a JSON line each")
     return p
 
 
@@ -70,8 +71,9 @@ def _main(options: argparse.Namespace) -> int:
         raise LabError("nothing to run: give --tasks NAME,... or --choice NAME=FILE")
     if options.include is not None and not options.include.is_dir():
         raise LabError(f"--include {options.include}: no such folder")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise LabError(f"--json {options.json}: the folder {options.json.absolute().parent} does not exist")
+    for option, file in (("--json", options.json), ("--samples", options.samples)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise LabError(f"{option} {file}: the folder {file.absolute().parent} does not exist")
     include = None if options.include is None else str(options.include)
     manager = TaskManager(include_path=include, include_defaults=bool(names))  # reading its thousands takes seconds
     if unknown := [name for name in names if not manager.match_tasks([name])]:
@@ -92,12 +94,15 @@ def _main(options: argparse.Namespace) -> int:
             limit=options.limit,
             task_manager=manager,
             bootstrap_iters=1000,
-            log_samples=False,
+            log_samples=options.samples is not None,
         )
     _print(artifact.name, found["results"])
     if options.json is not None:
         kept = {"model": artifact.name, "precision": subject.precision, "results": found["results"]}
         write_atomic(options.json, json.dumps(kept, indent=2, default=str) + "\n")
+    if options.samples is not None:
+        lines = [{"task": task, **sample} for task, samples in found["samples"].items() for sample in samples]
+        write_atomic(options.samples, "".join(json.dumps(line, default=str) + "\n" for line in lines))
     return 0
 
 

@@ -70,10 +70,14 @@ def test_answers_end_before_the_stop_string(subject: Subject) -> None:
 
 
 def test_the_command(run_folder: Path, questions: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    out = tmp_path / "out.json"
-    assert main([str(run_folder), "--choice", f"mine={questions}", "--limit", "6", "--json", str(out)]) == 0
+    out, lines = tmp_path / "out.json", tmp_path / "samples.jsonl"
+    files = ["--json", str(out), "--samples", str(lines)]
+    assert main([str(run_folder), "--choice", f"mine={questions}", "--limit", "6", *files]) == 0
     assert "acc_norm" in capsys.readouterr().out
-    assert json.loads(out.read_text())["results"]["mine"]["sample_len"] == 6
+    results = json.loads(out.read_text())["results"]["mine"]
+    samples = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert results["sample_len"] == len(samples) == 6
+    assert sum(s["acc"] for s in samples) / 6 == pytest.approx(results["acc,none"])
 
 
 @pytest.mark.parametrize(
