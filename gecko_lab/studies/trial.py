@@ -110,11 +110,13 @@ def _resume(run_dir: str) -> str | None:
 
 def main() -> int:
     """Read the assignment, run it, tell the worker."""
-    events = os.fdopen(os.dup(1), "w")
+    events, answers = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
     os.dup2(2, 1)
+    # a thread waits in answers and holds its lock: a forked process (data.workers) closes sys.stdin and would wait too
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s %(levelname)s] %(name)s: %(message)s")
-    assignment = json.loads(sys.stdin.readline())
-    link = Link(events, sys.stdin)
+    assignment = json.loads(answers.readline())
+    link = Link(events, answers)
     link.listen()
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(assignment['overrides'])}", flush=True)
     link.send("end", **run(assignment, link.ask))

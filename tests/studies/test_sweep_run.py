@@ -41,6 +41,17 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.timeout(120)
+def test_a_trial_whose_batches_are_made_by_processes(text: Path, tmp_path: Path) -> None:
+    """They are forked beside the thread that listens to the worker."""
+    (tmp_path / "one.yaml").write_text(
+        f"kind: ablation\nquestion: Does it run?\nbase: [{', '.join(BASE)}, data=text, data.path={text}, "
+        "data.workers=1]\narms: {baseline: []}\nbudget: {steps: 2}\n"
+    )
+    assert command.run(["one.yaml", "variant=cpu", "name=one"]) == 0
+    assert [t.state for t in load_study(tmp_path / "studies" / "one").trials] == ["complete"]
+
+
 def test_a_study_of_two_trials_of_three_steps(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "two.yaml").write_text(
         f"kind: ablation\nquestion: Does it run?\nbase: [{', '.join(BASE)}, data=text, data.path={text}]\n"
