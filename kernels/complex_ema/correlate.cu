@@ -4,30 +4,18 @@
 //   sum_t dy_t u_t = q a U + sum_k q^k r_k,
 // so every number is carried with its derivative by q, and the r_k are summed over all chunks before q enters. The chunk
 // of dy is stored backward in time: then U and the chunk's share of the state, sum_s x_s q^(31 - s), have one factor W.
+#include "dual.cuh"
 #include "tiles.cuh"
-
-// A number and its derivative with respect to q.
-struct Dual {
-    float2 value, slope;
-};
-DEVICE Dual times_plus(const Dual& a, const Dual& b, const Dual& c) {
-    return {times_plus(a.value, b.value, c.value), times_plus(a.value, b.slope, times_plus(a.slope, b.value, c.slope))};
-}
-DEVICE Dual zero_dual() { return {make_float2(0.f, 0.f), make_float2(0.f, 0.f)}; }
-DEVICE Dual shuffle_up(const Dual& a, int lanes) {
-    return {make_float2(__shfl_up_sync(ALL, a.value.x, lanes), __shfl_up_sync(ALL, a.value.y, lanes)),
-            make_float2(__shfl_up_sync(ALL, a.slope.x, lanes), __shfl_up_sync(ALL, a.slope.y, lanes))};
-}
-DEVICE Dual shuffle(const Dual& a, int lane) {
-    return {make_float2(__shfl_sync(ALL, a.value.x, lane), __shfl_sync(ALL, a.value.y, lane)),
-            make_float2(__shfl_sync(ALL, a.slope.x, lane), __shfl_sync(ALL, a.slope.y, lane))};
-}
 
 struct Shared {
     uint4 staged_x[2 * THREADS], staged_dy[2 * THREADS];  // the next tile on its way
     uint32_t x[CHANNELS * WORDS], dy[CHANNELS * WORDS];
     uint4 factor[CHANNELS][4][2][2][32];             // four modes, W or its derivative, half a chunk
-    float2 decays[CHANNELS][2][LEVELS][MODES];       // and their derivatives
+    Dual decays[CHANNELS][LEVELS][MODES];
+    Dual state[CHANNELS][MODES];                     // u, from zero, before the next steps
+    Dual weight[CHANNELS][MODES];                    // the entering state's share of h before the next tile
+    Dual before_last[CHANNELS][MODES];               // u before the chunk in which the sequence ends
+    float2 entering[CHANNELS][MODES];                // the states before the next batch row
     uint32_t flags[TILE / 32];
 };
 
@@ -52,15 +40,17 @@ DEVICE void make_factors(uint4 (&to)[2][2][32], float2 decay) {
     }
 }
 
-DEVICE void make_slopes(float2 (&slopes)[LEVELS][MODES], float2 q) {
+// As make_decays, with derivatives.
+DEVICE void make_dual_decays(Dual (&decays)[LEVELS][MODES], float2 q) {
     const int lane = threadIdx.x % 32;
     double re = q.x, im = q.y, slope_re = 1, slope_im = 0;
     for (int level = FIRST_LEVEL; level < LEVELS; ++level) {
-        if (level >= 0 && lane < MODES) slopes[level][lane] = make_float2(float(slope_re), float(slope_im));
-        const double next = 2 * (re * slope_re - im * slope_im);
-        slope_im = 2 * (re * slope_im + im * slope_re), slope_re = next;
+        if (level >= 0 && lane < MODES)
+            decays[level][lane] = {make_float2(float(re), float(im)), make_float2(float(slope_re), float(slope_im))};
+        const double twice_re = 2 * re, twice_im = 2 * im, next = twice_re * slope_re - twice_im * slope_im;
+        slope_im = twice_re * slope_im + twice_im * slope_re, slope_re = next;
         const double square = re * re - im * im;
-        im = 2 * re * im, re = square;
+        im = twice_re * im, re = square;
     }
 }
 
@@ -72,11 +62,12 @@ DEVICE Dual odd(const float (&value)[4], const float (&slope)[4]) {
 }
 
 // One warp: steps begin .. end - 1 of a tile from the state at `begin`, which becomes the state at the end of the tile.
-// `sums` grows by a U and its derivative of modes 4 j + t, `lags` by x_s dy_t at row s and column 15 - t, both within
-// their blocks: in lags[0] of the same block, in lags[1] with dy a block later.
+// `sums` grows by a U and its derivative of modes 4 j + t, with CROSSES `passed` by the same of the entering state, still
+// to be weighted by the pair of chunks; `lags` by x_s dy_t at row s and column 15 - t, both within their blocks: in
+// lags[0] of the same block, in lags[1] with dy a block later. The state before `chunk` is kept unless that is -1.
 template <bool WHOLE>
-DEVICE void correlate_tile(const Shared& shared, int warp, Dual (&state)[4], Dual (&sums)[4], float (&lags)[2][2][4],
-                           int begin, int end) {
+DEVICE void correlate_tile(Shared& shared, int warp, Dual (&sums)[4], Dual (&passed)[4], float (&lags)[2][2][4],
+                           int begin, int end, bool crosses, int chunk) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
     uint32_t x[2][4], dy[2][4];  // in the order of memory, which for dy is backward in time
@@ -119,10 +110,7 @@ DEVICE void correlate_tile(const Shared& shared, int warp, Dual (&state)[4], Dua
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         const int n = 4 * j + t;
-        auto decay = [&](int level) -> Dual {
-            return {shared.decays[warp][0][level][n], shared.decays[warp][1][level][n]};
-        };
-        const Dual over_chunk = decay(0);
+        const Dual over_chunk = shared.decays[warp][0][n];
 
         float added[4] = {}, added_slope[4] = {}, along[4] = {}, along_slope[4] = {};
 #pragma unroll
@@ -134,38 +122,64 @@ DEVICE void correlate_tile(const Shared& shared, int warp, Dual (&state)[4], Dua
             product(along, dy[block], input);
             product(along_slope, dy[block], slope_input);
         }
+        if (crosses) {
+            const Dual pair = times_plus(over_chunk, odd(along, along_slope), even(along, along_slope));
+            passed[j] = times_plus(shared.weight[warp][n], pair, passed[j]);
+        }
 
         // States after each pair of chunks: a scan over the eight lanes of a mode.
-        const Dual own = even(added, added_slope);
-        Dual after = g == 0 ? times_plus(over_chunk, state[j], own) : own;
+        const Dual own = even(added, added_slope), state = shared.state[warp][n];
+        Dual after = g == 0 ? times_plus(over_chunk, state, own) : own;
         after = times_plus(over_chunk, after, odd(added, added_slope));
 #pragma unroll
         for (int level = 0; level < 3; ++level) {
             const Dual before = shuffle_up(after, 4 << level);
-            if (g >= 1 << level) after = times_plus(decay(1 + level), before, after);
+            if (g >= 1 << level) after = times_plus(shared.decays[warp][1 + level][n], before, after);
         }
         Dual entering = shuffle_up(after, 4);
-        if (g == 0) entering = state[j];
-        state[j] = shuffle(after, 28 + t);
+        if (g == 0) entering = state;
+        __syncwarp();
+        if (g == 7) shared.state[warp][n] = after;
+        const Dual between = times_plus(over_chunk, entering, own);
+        if constexpr (!WHOLE)
+            if (g == chunk / 2 && begin <= chunk * CHUNK) shared.before_last[warp][n] = chunk % 2 ? between : entering;
         sums[j] = times_plus(entering, even(along, along_slope), sums[j]);
-        sums[j] = times_plus(times_plus(over_chunk, entering, own), odd(along, along_slope), sums[j]);
+        sums[j] = times_plus(between, odd(along, along_slope), sums[j]);
     }
+    __syncwarp();
 }
 
-// x, dy (B, L, D); bos (B, L) or null; q (D, modes); along_u, along_v (gridDim.y, D, modes), whose sums over the first axis
-// are those over all batch rows.
+// The entering state's share w of h after `chunks` chunks more; lane n: of mode n.
+DEVICE Dual carried(Dual w, const Dual (&decays)[LEVELS][MODES], int chunks) {
+    const int n = threadIdx.x % MODES;
+#pragma unroll
+    for (int level = 0; level < LEVELS; ++level)
+        if (chunks >> level & 1) w = times(decays[level][n], w);
+    return chunks == ROWS ? times(decays[LEVELS - 1][n], times(decays[LEVELS - 1][n], w)) : w;
+}
+
+// The sum over the pairs of chunks of a tile, each weighted by its distance from the first: in lane t of mode n.
+DEVICE Dual weighted_sum(Dual sum, const Dual (&decays)[LEVELS][MODES], int n) {
+#pragma unroll
+    for (int level = 0; level < 3; ++level) sum = times_plus(decays[1 + level][n], shuffle_down(sum, 4 << level), sum);
+    return sum;
+}
+
+// x, dy (B, L, D); bos (B, L) or null; p, q, gamma (D, modes); first and dlast (or null) (B, D, modes); dp, dq and dgamma
+// (gridDim.y, D, modes), whose sums over the first axis are those over all batch rows.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    correlate(const bf16* x, const bf16* dy, const uint8_t* bos, const float2* q, float2* along_u, float2* along_v,
-              int batch, int length, int width, int modes) {
+    correlate(const bf16* x, const bf16* dy, const uint8_t* bos, const float* p, const float2* q, const float2* gamma,
+              const float2* first, const float2* dlast, float* dp, float2* dq, float2* dgamma, int batch, int length,
+              int width, int modes) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int channel = blockIdx.x * CHANNELS + warp;
-    const bool active = channel < width;
-    auto own_decay = [&] {  // of mode `lane`
-        return active && lane < modes ? q[int64_t(channel) * modes + lane] : make_float2(0.f, 0.f);
-    };
-    const float2 decay = own_decay();
+    const bool active = channel < width, has_mode = active && lane < modes;
+    const int64_t parameter = has_mode ? int64_t(channel) * modes + lane : 0;  // of mode `lane`
+    auto state_of = [&](int row) { return int64_t(row) * width * modes + parameter; };
+    auto to_next = [&] { return Dual{has_mode ? q[parameter] : make_float2(0.f, 0.f), make_float2(1.f, 0.f)}; };
+    const float2 decay = to_next().value;
 
     const int tiles = (length + TILE - 1) / TILE;
     const Mover mover(length, width, false);
@@ -173,6 +187,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     auto fetch = [&](Item item) {
         mover.fetch(x, item, shared.staged_x);
         mover.fetch(dy, item, shared.staged_dy);
+        if (item.tile == 0 && lane < MODES)
+            copy_async_8(shared_address(&shared.entering[warp][lane]), first && has_mode ? first + state_of(item.row) : q,
+                         first && has_mode);
         copy_async_commit();
         drops = drops_state(bos, length, item, false);
     };
@@ -183,13 +200,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const float2 q_n = make_float2(__shfl_sync(ALL, decay.x, n), __shfl_sync(ALL, decay.y, n));
         make_factors(shared.factor[warp][j], q_n);
     }
-    make_decays(shared.decays[warp][0], decay);
-    make_slopes(shared.decays[warp][1], decay);
+    make_dual_decays(shared.decays[warp], decay);
 
-    Dual state[4], sums[4];
+    Dual sums[4], passed[4];
     float lags[2][2][4] = {};
+    Leaving leaving = {};  // of mode `lane`
+    bool crosses = false;  // the entering state still reaches the next step
 #pragma unroll
-    for (int j = 0; j < 4; ++j) sums[j] = zero_dual();
+    for (int j = 0; j < 4; ++j) sums[j] = passed[j] = zero_dual();
 
     while (item.row < batch) {
         copy_async_wait<0>();
@@ -197,23 +215,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         mover.put_reversed(shared.dy, mover.fetched(shared.staged_dy));
         const uint32_t flags = __ballot_sync(ALL, drops != 0);
         if (lane == 0) shared.flags[warp] = flags;
+        if (item.tile == 0) {
+            crosses = first != nullptr;
+            if (lane < MODES) {
+                shared.state[warp][lane] = zero_dual();
+                shared.weight[warp][lane] = constant(shared.entering[warp][lane]);
+            }
+        }
         __syncthreads();
-        if (item.tile == 0)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) state[j] = zero_dual();
+        const Item now = item;
         item = item.next(tiles);
         if (item.row < batch) fetch(item);
-        if (active)
+        const int left = length - now.tile * TILE, chunks = left < TILE ? left / CHUNK : ROWS;
+        if (active) {
+            const int chunk = dlast && left < TILE ? chunks : -1;
             for (int begin = 0, end = next_flag(shared.flags, 0);; end = next_flag(shared.flags, begin + 1)) {
-                if (begin == 0 && end == TILE)
-                    correlate_tile<true>(shared, warp, state, sums, lags, begin, end);
+                if (begin == 0 && end == TILE && chunk < 0)
+                    correlate_tile<true>(shared, warp, sums, passed, lags, begin, end, crosses, chunk);
                 else if (end > begin)
-                    correlate_tile<false>(shared, warp, state, sums, lags, begin, end);
+                    correlate_tile<false>(shared, warp, sums, passed, lags, begin, end, crosses, chunk);
                 if (end == TILE) break;
-                begin = end;
-#pragma unroll
-                for (int j = 0; j < 4; ++j) state[j] = zero_dual();
+                begin = end, crosses = false;
+                if (lane < MODES) shared.state[warp][lane] = zero_dual();
+                __syncwarp();
             }
+            Dual w = zero_dual();
+            if (crosses) {
+                w = carried(shared.weight[warp][lane % MODES], shared.decays[warp], chunks);
+                __syncwarp();
+                if (lane < MODES) shared.weight[warp][lane] = w;
+                crosses = __any_sync(ALL, size_of(w) > NEGLIGIBLE);
+            }
+            if (dlast && left <= TILE) {
+                Dual u = (left == TILE ? shared.state : shared.before_last)[warp][lane % MODES];
+                const Dual by_one = to_next();
+                for (int step = 0; step < left % CHUNK; ++step) {
+                    const uint32_t pair = shared.x[place(warp, chunks * (CHUNK / 2) + step / 2)];
+                    if (shared.flags[chunks] >> step & 1) u = zero_dual();
+                    u = times_plus(by_one, u, constant(make_float2(step % 2 ? high_bf16(pair) : low_bf16(pair), 0.f)));
+                    w = times(by_one, w);
+                }
+                if (has_mode) leaving.add(dlast[state_of(now.row)], u, p[parameter], w.slope);
+            }
+        }
         __syncthreads();
     }
 
@@ -233,26 +277,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
     }
 
-    Dual total = zero_dual();  // lane n: mode n
+    Dual along = zero_dual(), across = zero_dual();  // lane n: of mode n
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         Dual sum = sums[j];
 #pragma unroll
-        for (int lanes = 4; lanes < 32; lanes *= 2) {
-            sum.value.x += __shfl_xor_sync(ALL, sum.value.x, lanes), sum.value.y += __shfl_xor_sync(ALL, sum.value.y, lanes);
-            sum.slope.x += __shfl_xor_sync(ALL, sum.slope.x, lanes), sum.slope.y += __shfl_xor_sync(ALL, sum.slope.y, lanes);
-        }
+        for (int lanes = 4; lanes < 32; lanes *= 2) sum = plus(sum, shuffle_down(sum, lanes));
+        const Dual entered = shuffle(weighted_sum(passed[j], shared.decays[warp], 4 * j + t), t);
         sum = shuffle(sum, t);
-        if (lane / 4 == j) total = sum;
+        if (g == j) along = sum, across = entered;
     }
-    const Dual to_next = {own_decay(), make_float2(1.f, 0.f)};
+    const Dual by_one = to_next();
     Dual local = zero_dual();
     for (int k = CHUNK - 1; k >= 0; --k)
-        local = times_plus(to_next, local, Dual{make_float2(__shfl_sync(ALL, lag, k), 0.f), make_float2(0.f, 0.f)});
-    total = times_plus(to_next, total, local);
-    if (active && lane < modes) {
-        const int64_t at = (int64_t(blockIdx.y) * width + channel) * modes + lane;
-        along_u[at] = total.value;
-        along_v[at] = total.slope;
+        local = times_plus(by_one, local, constant(make_float2(__shfl_sync(ALL, lag, k), 0.f)));
+    if (has_mode) {
+        const Gradients to = {dp, dq, dgamma};
+        to.store(int64_t(blockIdx.y) * width * modes + parameter, p[parameter], gamma[parameter],
+                 times_plus(by_one, along, local), times(by_one, across), leaving);
     }
 }

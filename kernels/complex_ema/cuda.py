@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import launches, steps
-from .gradients import parameter_gradients
 
 KERNELS = launches.MODULES
 SPILL_BUDGET = 256  # bytes: the tensor-core kernels fill the 128 registers of a 512-thread block
@@ -87,18 +86,8 @@ def _backward(
     dy, dh, x, p, q, gamma, bos, state = (_plain(t) for t in (dy, dh, x, p, q, gamma, bos, state))
     sums: Any = launches if x.is_cuda else steps
     dx, dstate = sums.filter_steps(dy, p, q, gamma, bos, dh, reverse=True)
-    along_u, along_v = sums.correlate(x, dy, q, bos)
-    entering = None if state is None else (state, sums.edge(dy, q, bos, reverse=False))
-    leaving = None if dh is None else (dh, sums.edge(x, q, bos, reverse=True))
-    crossing = None
-    if entering is not None and leaving is not None:
-        batch, length, _ = x.shape
-        whole = torch.ones(batch, dtype=torch.bool, device=x.device) if bos is None else ~bos.any(1)
-        crossing = (whole * float(length)).view(batch, 1, 1)
-    dp, dq, dgamma = parameter_gradients(
-        p, q, gamma, along_u, along_v, entering=entering, leaving=leaving, crossing=crossing
-    )
-    return dx, dp.contiguous(), dq, dgamma, dstate
+    dp, dq, dgamma = sums.parameter_gradients(x, dy, p, q, gamma, bos, state, dh)
+    return dx, dp, dq, dgamma, dstate
 
 
 def _plain(tensor: Any) -> Any:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..runtime import Kernel, Module
-from .gradients import Edge
 
 LANES = (4, 16, 32)
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
@@ -14,13 +13,7 @@ _THREADS = 128
 _NAMES = [
     name
     for kind in _TYPES.values()
-    for name in (
-        f"scan_filter<{kind}, false>",
-        f"scan_filter<{kind}, true>",
-        f"scan_correlate<{kind}>",
-        f"scan_edge<{kind}, false>",
-        f"scan_edge<{kind}, true>",
-    )
+    for name in (f"scan_filter<{kind}, false>", f"scan_filter<{kind}, true>", f"scan_correlate<{kind}>")
 ]
 SCAN = {lanes: Module(__file__, "scan.cu", defines={"MODES": lanes}, kernels=_NAMES) for lanes in LANES}
 FILTER = Module(__file__, "filter.cu", kernels=("filter<false>", "filter<true>"))
@@ -37,8 +30,8 @@ _FILTER = {
     )
     for reverse in (False, True)
 }
-_CORRELATE_SHARED = 4 * 4 * _CHANNELS * 256 + 16 * _CHANNELS * 16 * 32 + 8 * _CHANNELS * 8 * _TILE_MODES + 64
-_CORRELATE = CORRELATE.kernel("correlate", args="PPPPPPiiii", block=_TILE_THREADS, smem=_CORRELATE_SHARED)
+_CORRELATE_SHARED = 4 * 4 * _CHANNELS * 256 + 16 * _CHANNELS * 16 * 32 + 8 * _CHANNELS * 15 * _TILE_MODES + 64
+_CORRELATE = CORRELATE.kernel("correlate", args="PPPPPPPPPPPiiii", block=_TILE_THREADS, smem=_CORRELATE_SHARED)
 
 
 @cache
@@ -119,37 +112,28 @@ def filter_steps(
     return y, last
 
 
-def correlate(x: Tensor, dy: Tensor, q: Tensor, bos: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(along_u, along_v), (rows, D, N) complex64, of gradients.parameter_gradients: their sums over rows count."""
+def parameter_gradients(
+    x: Tensor,
+    dy: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    bos: Tensor | None,
+    first: Tensor | None,
+    dlast: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dp, dq, dgamma), (D, N); first and dlast are the state before the first step and the gradient of the last."""
     batch, length, width = x.shape
     modes = q.shape[1]
     tiled = _tiled(x, modes, _CORRELATE_SHARED) and dy.data_ptr() % 16 == 0
     grid = _tiled_grid(x) if tiled else (0, batch)
-    sums = torch.empty((2, grid[1], width, modes), dtype=torch.complex64, device=x.device)
-    pointers = (x.data_ptr(), dy.data_ptr(), _pointer(bos), q.data_ptr(), sums[0].data_ptr(), sums[1].data_ptr())
+    # A block sums over its rows, and one block a stretch of channels often takes all of them.
+    dp = torch.empty((grid[1], width, modes), dtype=torch.float32, device=x.device)
+    dq, dgamma = (torch.empty(dp.shape, dtype=torch.complex64, device=x.device) for _ in range(2))
+    pointers = tuple(_pointer(t) for t in (x, dy, bos, p, q, gamma, first, dlast, dp, dq, dgamma))
     if tiled:
         _CORRELATE.launch(x.device.index, grid, *pointers, batch, length, width, modes)
     else:
-        _scan(f"scan_correlate<{_TYPES[x.dtype]}>", "PPPPPPiii", x, *pointers, length, width, modes)
-    return sums[0], sums[1]
-
-
-def edge(z: Tensor, q: Tensor, bos: Tensor | None, *, reverse: bool) -> Edge:
-    """The sums over the document that crosses the start of the sequence, or with `reverse` its end."""
-    batch, length, width = z.shape
-    modes = q.shape[1]
-    sums = torch.empty((2, batch, width, modes), dtype=torch.complex64, device=z.device)
-    _scan(
-        f"scan_edge<{_TYPES[z.dtype]}, {'true' if reverse else 'false'}>",
-        "PPPPPiii",
-        z,
-        z.data_ptr(),
-        _pointer(bos),
-        q.data_ptr(),
-        sums[0].data_ptr(),
-        sums[1].data_ptr(),
-        length,
-        width,
-        modes,
-    )
-    return Edge(sums[0], sums[1])
+        _scan(f"scan_correlate<{_TYPES[x.dtype]}>", "PPPPPPPPPPPiii", x, *pointers, length, width, modes)
+    dp, dq, dgamma = (t.view(width, modes) if grid[1] == 1 else t.sum(0) for t in (dp, dq, dgamma))
+    return dp, dq, dgamma

@@ -1,7 +1,7 @@
 // The moving average one step after the other, all in float32: lane n of a group of LANES holds mode n of a channel,
 // and LANES steps make a round. For every dtype, length and width; the tensor-core form covers the common case faster.
 // x, y (B, L, D); bos (B, L); p, q, gamma (D, N); states (B, D, N).
-#include "modes.cuh"
+#include "dual.cuh"
 
 constexpr int LANES = MODES;  // 4, 16 or 32, at least the number of modes
 constexpr int THREADS = 128;
@@ -96,12 +96,35 @@ __global__ void __launch_bounds__(THREADS)
     if (place.has_mode) last[place.state(width, modes)] = REVERSE ? make_float2(h.x, -h.y) : h;
 }
 
-// With u = keep q u + x and its derivative v = keep q v + (keep u before the step) with respect to q, from zero:
-// along_u = sum dy u and along_v = sum dy v.
+// The entering state's share of sum_t dy_t h_t, with its derivative by q: over the steps before the first BOS, or until
+// q^t no longer counts. `weight`, of the state before the first step, becomes that after the last one.
+template <class T>
+DEVICE Dual passed_on(const Steps<T, false>& steps, const T* dy, int lane, float2 decay, Dual& weight) {
+    const Dual to_next = {decay, make_float2(1.f, 0.f)};
+    Dual sum = zero_dual();
+    for (int round = 0; round < steps.length; round += LANES) {
+        const float own = steps.value(dy, round + lane);
+        const uint32_t ends = __ballot_sync(ALL, steps.begins(round + lane));
+        const int count = steps.length - round;
+#pragma unroll
+        for (int k = 0; k < LANES; ++k) {
+            if (ends >> k & 1) weight = zero_dual();
+            if (k < count) weight = times(to_next, weight);
+            const float value = __shfl_sync(ALL, own, k, LANES);
+            sum = times_plus(constant(make_float2(value, 0.f)), weight, sum);
+        }
+        if (!__any_sync(ALL, size_of(weight) > NEGLIGIBLE)) break;
+    }
+    return sum;
+}
+
+// The parameter gradients of every batch row, (B, D, N). With u = keep q u + x and its derivative v = keep q v + (keep u
+// before the step) with respect to q, from zero: sum dy u and sum dy v. dlast: the gradient of the last h, or null.
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-    scan_correlate(const T* x, const T* dy, const uint8_t* bos, const float2* q, float2* along_u, float2* along_v,
-                   int length, int width, int modes) {
+    scan_correlate(const T* x, const T* dy, const uint8_t* bos, const float* p, const float2* q, const float2* gamma,
+                   const float2* first, const float2* dlast, float* dp, float2* dq, float2* dgamma, int length,
+                   int width, int modes) {
     const Place place(width, modes);
     const Steps<T, false> steps(place, bos, length, width);
     const float2 zero = make_float2(0.f, 0.f);
@@ -113,6 +136,7 @@ __global__ void __launch_bounds__(THREADS)
     for (int round = 0; round < length; round += LANES) {
         const float own_value = value, own_gradient = gradient;
         const uint32_t resets = __ballot_sync(ALL, begins);
+        const int count = length - round;
         value = steps.value(x, round + LANES + place.lane);
         gradient = steps.value(dy, round + LANES + place.lane);
         begins = steps.begins(round + LANES + place.lane);
@@ -124,53 +148,23 @@ __global__ void __launch_bounds__(THREADS)
             sum_u = make_float2(fmaf(g, u.x, sum_u.x), fmaf(g, u.y, sum_u.y));
             sum_v = make_float2(fmaf(g, v.x, sum_v.x), fmaf(g, v.y, sum_v.y));
         };
-        if (resets == 0) {
+        if (resets == 0 && count >= LANES) {
 #pragma unroll
             for (int k = 0; k < LANES; ++k) step(k, false);
         } else {
 #pragma unroll
-            for (int k = 0; k < LANES; ++k) step(k, resets >> k & 1);
+            for (int k = 0; k < LANES; ++k)
+                if (k < count) step(k, resets >> k & 1);
         }
     }
+    const int64_t state = place.state(width, modes);
+    Dual weight = first && place.has_mode ? constant(first[state]) : zero_dual();
+    const Dual passed = first ? passed_on(steps, dy, place.lane, decay, weight) : zero_dual();
     if (place.has_mode) {
-        along_u[place.state(width, modes)] = sum_u;
-        along_v[place.state(width, modes)] = sum_v;
-    }
-}
-
-// What reaches across an end of the sequence: power = sum q^t z_t and slope = sum t q^(t - 1) z_t over the steps of the
-// document that crosses that end. Forward that is every step before the first BOS; backward in time it is every
-// step down to the last BOS, which belongs to the document. The sums end where q^t no longer counts.
-template <class T, bool REVERSE>
-__global__ void __launch_bounds__(THREADS)
-    scan_edge(const T* z, const uint8_t* bos, const float2* q, float2* power, float2* slope, int length, int width,
-              int modes) {
-    const Place place(width, modes);
-    const Steps<T, REVERSE> steps(place, bos, length, width);
-    const float2 zero = make_float2(0.f, 0.f);
-    const float2 decay = place.has_mode ? q[place.parameter(modes)] : zero;
-    float2 w = make_float2(place.has_mode ? 1.f : 0.f, 0.f), dw = zero, sum = zero, sum_slope = zero;
-    constexpr float NEGLIGIBLE = 1e-30f;
-
-    for (int round = 0; round < length; round += LANES) {
-        const float own = steps.value(z, round + place.lane);
-        const uint32_t ends = __ballot_sync(ALL, steps.begins(round + place.lane));
-#pragma unroll
-        for (int k = 0; k < LANES; ++k) {
-            const bool end = ends >> k & 1;
-            if (!REVERSE && end) w = dw = zero;
-            const float value = __shfl_sync(ALL, own, k, LANES);
-            sum = make_float2(fmaf(value, w.x, sum.x), fmaf(value, w.y, sum.y));
-            sum_slope = make_float2(fmaf(value, dw.x, sum_slope.x), fmaf(value, dw.y, sum_slope.y));
-            if (REVERSE && end) w = dw = zero;
-            dw = times_plus(decay, dw, w);
-            w = times(decay, w);
-        }
-        const float size = fabsf(w.x) + fabsf(w.y) + fabsf(dw.x) + fabsf(dw.y);
-        if (!__any_sync(ALL, size > NEGLIGIBLE)) break;
-    }
-    if (place.has_mode) {
-        power[place.state(width, modes)] = sum;
-        slope[place.state(width, modes)] = sum_slope;
+        const int64_t parameter = place.parameter(modes);
+        Leaving leaving = {};
+        if (dlast) leaving.add(dlast[state], Dual{u, v}, p[parameter], weight.slope);
+        const Gradients to = {dp, dq, dgamma};
+        to.store(state, p[parameter], gamma[parameter], Dual{sum_u, sum_v}, passed, leaving);
     }
 }

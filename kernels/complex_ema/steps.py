@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from .gradients import Edge
-
 
 def filter_steps(
     x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, bos: Tensor | None, first: Tensor | None, *, reverse: bool
@@ -25,30 +23,30 @@ def filter_steps(
     return y, torch.conj_physical(h)
 
 
-def correlate(x: Tensor, dy: Tensor, q: Tensor, bos: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As launches.correlate."""
-    u, v, sum_u, sum_v = (q.new_zeros((x.shape[0], *q.shape)) for _ in range(4))
+def parameter_gradients(
+    x: Tensor,
+    dy: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    bos: Tensor | None,
+    first: Tensor | None,
+    dlast: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As launches.parameter_gradients. u = dh/dp and v = dh/dq, carried with h."""
+    u, v, sum_u, sum_v, sum_h = (q.new_zeros((x.shape[0], *q.shape)) for _ in range(5))
+    h = u if first is None else first
+    # Conjugates are physical: inside an operator under torch.compile the lazy ones are lost.
     for t in range(x.shape[1]):
-        u, v = _kept(u, bos, t), _kept(v, bos, t)
-        u, v = q * u + x[:, t, :, None], q * v + u
-        sum_u = sum_u + dy[:, t, :, None] * u
-        sum_v = sum_v + dy[:, t, :, None] * v
-    return sum_u, sum_v
-
-
-def edge(z: Tensor, q: Tensor, bos: Tensor | None, *, reverse: bool) -> Edge:
-    """As launches.edge."""
-    weight = q.new_ones((z.shape[0], *q.shape))
-    slope, sum_weight, sum_slope = (torch.zeros_like(weight) for _ in range(3))
-    for t in reversed(range(z.shape[1])) if reverse else range(z.shape[1]):
-        if not reverse:
-            weight, slope = _kept(weight, bos, t), _kept(slope, bos, t)
-        sum_weight = sum_weight + z[:, t, :, None] * weight
-        sum_slope = sum_slope + z[:, t, :, None] * slope
-        if reverse:
-            weight, slope = _kept(weight, bos, t), _kept(slope, bos, t)
-        weight, slope = q * weight, q * slope + weight
-    return Edge(sum_weight, sum_slope)
+        u, v, h = _kept(u, bos, t), _kept(v, bos, t), _kept(h, bos, t)
+        u, v, h = q * u + x[:, t, :, None], q * v + h, q * h + p * x[:, t, :, None]
+        slope = dy[:, t, :, None]
+        sum_u, sum_v, sum_h = sum_u + slope * u, sum_v + slope * v, sum_h + slope * h
+    by_p, by_q = gamma * sum_u, gamma * sum_v
+    if dlast is not None:
+        leaving = torch.conj_physical(dlast)
+        by_p, by_q = by_p + leaving * u, by_q + leaving * v
+    return by_p.real.sum(0), torch.conj_physical(by_q.sum(0)), torch.conj_physical(sum_h.sum(0))
 
 
 def _kept(value: Tensor, bos: Tensor | None, t: int) -> Tensor:

@@ -131,6 +131,15 @@ def test_slow_decays(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [512, 1024, 1100])
+@pytest.mark.parametrize("where", [(), (0,), (400,), (512,), (1023,)])
+def test_a_slow_state_crosses_tiles(where: tuple[int, ...], length: int, dtype: torch.dtype) -> None:
+    """With |q| about 0.9999 nearly all of the entering state reaches the end, unless a document begins."""
+    leaves = inputs(2, length, 32, 16, dtype, slow=True)
+    check(leaves, boundaries(2, length, where), final=True, limit=1e-4, output_limit=2.5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_real_average(dtype: torch.dtype) -> None:
     x, p, q, gamma, state = inputs(2, 700, 64, 2, dtype)
     real = [t.detach().real.contiguous().requires_grad_() for t in (q, gamma, state)]
@@ -221,24 +230,23 @@ def test_compiled_step_matches_eager() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_operator_sums_match_the_plain_steps() -> None:
+def test_operators_match_the_plain_steps() -> None:
     """The parts that the gradients are made of, one by one, so that a fault names its kernel."""
     from gecko_lab.kernels.complex_ema import launches
 
     for dtype in (torch.float32, torch.bfloat16):
         x, p, q, gamma, state = (t.detach() for t in inputs(2, 1100, 48, 16, dtype))
         wide = [exact(t).detach() for t in (x, p, q, gamma, state)]
-        dy = torch.randn_like(x)
+        dy, dlast = torch.randn_like(x), torch.randn_like(state)
         for bos in (None, boundaries(2, 1100, (0, 40, 41, 600))):
             for reverse in (False, True):
                 ours = launches.filter_steps(x, p, q, gamma, bos, state, reverse=reverse)
                 theirs = steps.filter_steps(*wide[:4], bos, wide[4], reverse=reverse)
                 assert error(ours[0], theirs[0]) < (1e-5 if dtype is torch.float32 else 2.5e-3), (dtype, reverse)
                 assert error(ours[1], theirs[1]) < 2e-5, (dtype, reverse)
-                ours = launches.edge(x, q, bos, reverse=reverse)
-                for a, b in zip(ours, steps.edge(wide[0], wide[2], bos, reverse=reverse)):
-                    assert error(a, b) < 1e-5, (dtype, reverse)
-            for a, b in zip(
-                launches.correlate(x, dy, q, bos), steps.correlate(wide[0], exact(dy).detach(), wide[2], bos)
-            ):
-                assert error(a, b) < 2e-5, dtype
+            for ends in ((None, None), (state, None), (None, dlast), (state, dlast)):
+                sums = launches.parameter_gradients(x, dy, p, q, gamma, bos, *ends)
+                exact_ends = [None if end is None else exact(end).detach() for end in ends]
+                expected = steps.parameter_gradients(wide[0], exact(dy).detach(), *wide[1:4], bos, *exact_ends)
+                for name, a, b in zip(("dp", "dq", "dgamma"), sums, expected):
+                    assert error(a, b) < 2e-5, (dtype, name, [end is not None for end in ends])

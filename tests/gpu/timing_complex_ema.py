@@ -50,7 +50,7 @@ def shape_times(batch: int, length: int, width: int) -> dict[str, float]:
         "fwd": lambda: complex_ema(x, p, q, gamma),
         "fwd, documents": lambda: complex_ema(x, p, q, gamma, bos=documents),
         "dx": lambda: launches.filter_steps(dy, p, q, gamma, None, None, reverse=True),
-        "correlate": lambda: launches.correlate(x, dy, q, None),
+        "gradients": lambda: launches.parameter_gradients(x, dy, p, q, gamma, None, None, None),
         "fwd+bwd": lambda: both(None),
         "fwd+bwd, documents": lambda: both(documents),
     }
