@@ -27,6 +27,7 @@ class Loaded:
     host: device.Host
     arch: str
     smem_limit: int
+    starts_early: bool  # compute capability 9.0 and newer
 
 
 class Kernel:
@@ -50,21 +51,7 @@ class Kernel:
         `values` follow `args`: pointers are integers (tensor.data_ptr()). `smem` replaces the kernel's own number of
         dynamic bytes. Raises LaunchError, or ValueError where the values do not fit `args`.
         """
-        loaded = self._loaded.get(device_index) or self.load(device_index)
-        try:
-            buffer, pointers = self._local.arguments
-        except AttributeError:
-            buffer, pointers = self._new_arguments()
-        try:
-            self._struct.pack_into(buffer, 0, *values)
-        except struct.error as error:
-            raise ValueError(f"kernel {self.name} takes args={self.args!r}, not {values!r}: {error}") from None
-        host = loaded.host
-        if host.current_device() == device_index:
-            self._enqueue(loaded, device_index, _three(grid), self.smem if smem is None else smem, pointers)
-        else:
-            with host.select(device_index):
-                self._enqueue(loaded, device_index, _three(grid), self.smem if smem is None else smem, pointers)
+        self._launch(device_index, grid, values, smem, early=False)
 
     def launch_early(
         self, device_index: int, grid: int | tuple[int, ...], *values: Any, smem: int | None = None
@@ -74,28 +61,7 @@ class Kernel:
         It then has to wait itself (PTX griddepcontrol.wait) before it reads what that one writes, and writes what
         that one reads. Before compute capability 9.0 the same as ``launch``.
         """
-        loaded = self._loaded.get(device_index) or self.load(device_index)
-        if device.attribute(device_index, "COMPUTE_CAPABILITY_MAJOR") < 9:
-            self.launch(device_index, grid, *values, smem=smem)
-            return
-        driver = loaded.host.driver
-        buffer, pointers = self._new_arguments()  # a launch of this kind is recorded once: no need to be quick
-        self._struct.pack_into(buffer, 0, *values)
-        config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
-        config.gridDimX, config.gridDimY, config.gridDimZ = _three(grid)
-        config.blockDimX, config.blockDimY, config.blockDimZ = self.block
-        config.sharedMemBytes = self.smem if smem is None else smem
-        config.hStream = loaded.host.raw_stream(device_index)
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        config.attrs, config.numAttrs = [attribute], 1
-        with loaded.host.select(device_index):
-            (code,) = driver.cuLaunchKernelEx(config, loaded.function, pointers, 0)
-        if int(code):
-            raise LaunchError(
-                f"{self.module.label}: kernel {self.name} on device {device_index} ({loaded.arch}), grid {grid}, "
-                f"block {self.block}, early: {device.describe(code)}"
-            )
+        self._launch(device_index, grid, values, smem, early=True)
 
     def load(self, device_index: int) -> Loaded:
         """Compile and load for a device now, so that the first launch does neither."""
@@ -104,20 +70,61 @@ class Kernel:
                 loaded = self._loaded[device_index] = self._load(device_index)
             return loaded
 
-    def _enqueue(self, loaded: Loaded, device_index: int, grid: tuple[int, int, int], smem: int, pointers: int) -> None:
+    def _launch(
+        self, device_index: int, grid: int | tuple[int, ...], values: tuple[Any, ...], smem: int | None, early: bool
+    ) -> None:
+        loaded = self._loaded.get(device_index) or self.load(device_index)
+        try:
+            buffer, pointers = self._local.arguments
+        except AttributeError:
+            buffer, pointers = self._new_arguments()
+        try:
+            self._struct.pack_into(buffer, 0, *values)
+        except struct.error as error:
+            raise ValueError(f"kernel {self.name} takes args={self.args!r}, not {values!r}: {error}") from None
+        host, shape, smem = loaded.host, _three(grid), self.smem if smem is None else smem
+        early = early and loaded.starts_early
+        if host.current_device() == device_index:
+            self._enqueue(loaded, device_index, shape, smem, pointers, early)
+        else:
+            with host.select(device_index):
+                self._enqueue(loaded, device_index, shape, smem, pointers, early)
+
+    def _enqueue(
+        self, loaded: Loaded, device_index: int, grid: tuple[int, int, int], smem: int, pointers: int, early: bool
+    ) -> None:
         host = loaded.host
         stream = host.raw_stream(device_index)
         launch = host.driver.cuLaunchKernel
-        (code,) = launch(loaded.function, *grid, *self.block, smem, stream, pointers, 0)
+        arguments: tuple[Any, ...] = (loaded.function, *grid, *self.block, smem, stream, pointers, 0)
+        if early:
+            launch = host.driver.cuLaunchKernelEx
+            arguments = (self._early_config(host.driver, grid, smem, stream), loaded.function, pointers, 0)
+        (code,) = launch(*arguments)
         if code and int(code) == device.INVALID_CONTEXT:
             device.make_context_current(device_index)
-            (code,) = launch(loaded.function, *grid, *self.block, smem, stream, pointers, 0)
+            (code,) = launch(*arguments)
         if int(code):
             raise LaunchError(
                 f"{self.module.label}: kernel {self.name} on device {device_index} ({loaded.arch}), grid {grid}, "
                 f"block {self.block}, {smem} dynamic bytes of shared memory (at most {loaded.smem_limit}): "
                 f"{device.describe(code)}"
             )
+
+    def _early_config(self, driver: Any, grid: tuple[int, int, int], smem: int, stream: int) -> Any:
+        """This thread's configuration of early launches, with the numbers of this one."""
+        try:
+            config = self._local.config
+        except AttributeError:
+            config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.blockDimX, config.blockDimY, config.blockDimZ = self.block
+            config.attrs, config.numAttrs = [attribute], 1
+            self._local.config = config
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.sharedMemBytes, config.hStream = smem, stream
+        return config
 
     def _load(self, device_index: int) -> Loaded:
         host = device.host()
@@ -145,7 +152,8 @@ class Kernel:
             limit = device.attribute(device_index, "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN") - static
             key = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             device.check(what, driver.cuFuncSetAttribute(function, key, limit))
-        return Loaded(function, host, arch, limit)
+        starts_early = device.attribute(device_index, "COMPUTE_CAPABILITY_MAJOR") >= 9
+        return Loaded(function, host, arch, limit, starts_early)
 
     def _new_arguments(self) -> tuple[Any, int]:
         """This thread's argument buffer and the address of the pointers into it, both reused by every launch."""

@@ -7,6 +7,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,8 @@ class Names:
 class FakeDriver:
     """Answers like cuda.bindings.driver and writes down every launch with the argument values that it could read."""
 
-    CUdevice_attribute = CUfunction_attribute = Names()
+    CUdevice_attribute = CUfunction_attribute = CUlaunchAttributeID = Names()
+    CUlaunchConfig, CUlaunchAttribute = SimpleNamespace, lambda self: SimpleNamespace(value=SimpleNamespace())
 
     def __init__(self, layout: str = "PifQ") -> None:
         self.launches: list[tuple[Any, ...]] = []
@@ -85,6 +87,16 @@ class FakeDriver:
             self.launches.append((function, grid, block, smem, stream, values, pointers))
         return (0,)
 
+    def cuLaunchKernelEx(self, config: SimpleNamespace, function: str, pointers: int, extra: int) -> tuple[int]:
+        (attribute,) = config.attrs
+        assert config.numAttrs == 1
+        assert attribute.value.programmaticStreamSerializationAllowed == 1
+        grid = config.gridDimX, config.gridDimY, config.gridDimZ
+        block = config.blockDimX, config.blockDimY, config.blockDimZ
+        return self.cuLaunchKernel(
+            f"{function}, early", *grid, *block, config.sharedMemBytes, config.hStream, pointers, extra
+        )
+
     def cuGetErrorName(self, code: int) -> tuple[int, bytes]:
         return 0, f"CUDA_ERROR_{code}".encode()
 
@@ -131,6 +143,20 @@ def test_launch_passes_everything_on(machine: Machine, module: Module) -> None:
     assert second[1:6] == ((7, 1, 1), (32, 4, 1), 100_000, 70, (1, 2, 3.0, 4))
     assert ("cuFuncSetAttribute", 232448 - 1024) in machine.driver.calls
     assert sum(call[0] == "cuLibraryLoadData" for call in machine.driver.calls) == 1
+
+
+def test_early_launches_pass_everything_on(machine: Machine, module: Module) -> None:
+    kernel = module.kernel("probe", args="Pifq", block=(32, 4), smem=64)
+    kernel.launch_early(0, (5, 6), 1, -3, 1.5, 2)
+    kernel.launch_early(0, 7, 3, 4, 2.5, 5, smem=100_000)
+    kernel.launch(0, 8, 3, 4, 2.5, 5)
+    machine.driver.current.device = None
+    kernel.launch_early(0, 9, 3, 4, 2.5, 6)
+    first, second, third, fourth = machine.driver.launches
+    assert first[:6] == ("probe on 0, early", (5, 6, 1), (32, 4, 1), 64, 70, (1, -3, 1.5, 2))
+    assert second[:6] == ("probe on 0, early", (7, 1, 1), (32, 4, 1), 100_000, 70, (3, 4, 2.5, 5))
+    assert third[:2] == ("probe on 0", (8, 1, 1))
+    assert fourth[1:4] == ((9, 1, 1), (32, 4, 1), 64)
 
 
 def test_tensor_maps_are_passed_by_value(machine: Machine, module: Module) -> None:
