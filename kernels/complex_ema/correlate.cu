@@ -165,8 +165,8 @@ DEVICE Dual weighted_sum(Dual sum, const Dual (&decays)[LEVELS][MODES], int n) {
     return sum;
 }
 
-// x, dy (B, L, D); bos (B, L) or null; p, q, gamma (D, modes); first and dlast (or null) (B, D, modes); dp, dq and dgamma
-// (gridDim.y, D, modes), whose sums over the first axis are those over all batch rows.
+// x, dy (B, L, D); bos (B, L) or null; p, q, gamma (D, modes); first, dlast (or null) (B, D, modes); dp, dq, dgamma
+// (gridDim.y, D, modes), to be summed over the first axis. May run beside the kernel before it: it reads nothing of it.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     correlate(const bf16* x, const bf16* dy, const uint8_t* bos, const float* p, const float2* q, const float2* gamma,
               const float2* first, const float2* dlast, float* dp, float2* dq, float2* dgamma, int batch, int length,
@@ -188,8 +188,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         mover.fetch(x, item, shared.staged_x);
         mover.fetch(dy, item, shared.staged_dy);
         if (item.tile == 0 && lane < MODES)
-            copy_async_8(shared_address(&shared.entering[warp][lane]), first && has_mode ? first + state_of(item.row) : q,
-                         first && has_mode);
+            copy_async_8(shared_address(&shared.entering[warp][lane]),
+                         first && has_mode ? first + state_of(item.row) : q, first && has_mode);
         copy_async_commit();
         drops = drops_state(bos, length, item, false);
     };
@@ -283,14 +283,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         Dual sum = sums[j];
 #pragma unroll
         for (int lanes = 4; lanes < 32; lanes *= 2) sum = plus(sum, shuffle_down(sum, lanes));
-        const Dual entered = shuffle(weighted_sum(passed[j], shared.decays[warp], 4 * j + t), t);
-        sum = shuffle(sum, t);
-        if (g == j) along = sum, across = entered;
+        const Dual weighted = weighted_sum(passed[j], shared.decays[warp], 4 * j + t);
+        const Dual own = shuffle(sum, t), own_weighted = shuffle(weighted, t);
+        if (g == j) along = own, across = own_weighted;
     }
+    wait_for_previous();  // so that after this kernel that one has ended, too
     const Dual by_one = to_next();
     Dual local = zero_dual();
-    for (int k = CHUNK - 1; k >= 0; --k)
-        local = times_plus(by_one, local, constant(make_float2(__shfl_sync(ALL, lag, k), 0.f)));
+    for (int k = CHUNK - 1; k >= 0; --k) local = times_plus(by_one, local, constant({__shfl_sync(ALL, lag, k), 0.f}));
     if (has_mode) {
         const Gradients to = {dp, dq, dgamma};
         to.store(int64_t(blockIdx.y) * width * modes + parameter, p[parameter], gamma[parameter],

@@ -86,7 +86,7 @@ def _backward(
     dy, dh, x, p, q, gamma, bos, state = (_plain(t) for t in (dy, dh, x, p, q, gamma, bos, state))
     sums: Any = launches if x.is_cuda else steps
     dx, dstate = sums.filter_steps(dy, p, q, gamma, bos, dh, reverse=True)
-    dp, dq, dgamma = sums.parameter_gradients(x, dy, p, q, gamma, bos, state, dh)
+    dp, dq, dgamma = sums.parameter_gradients(x, dy, p, q, gamma, bos, state, dh, after_filter=True)
     return dx, dp, dq, dgamma, dstate
 
 

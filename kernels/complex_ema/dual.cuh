@@ -17,7 +17,9 @@ DEVICE Dual plus(const Dual& a, const Dual& b) {
 }
 DEVICE Dual constant(float2 value) { return {value, make_float2(0.f, 0.f)}; }
 DEVICE Dual zero_dual() { return constant(make_float2(0.f, 0.f)); }
-DEVICE float size_of(const Dual& a) { return fabsf(a.value.x) + fabsf(a.value.y) + fabsf(a.slope.x) + fabsf(a.slope.y); }
+DEVICE float size_of(const Dual& a) {
+    return fabsf(a.value.x) + fabsf(a.value.y) + fabsf(a.slope.x) + fabsf(a.slope.y);
+}
 constexpr float NEGLIGIBLE = 1e-30f;  // of the weight of an entering state
 
 DEVICE Dual shuffle_up(const Dual& a, int lanes) {

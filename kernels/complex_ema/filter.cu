@@ -196,6 +196,7 @@ __global__ void __launch_bounds__(THREADS, 1)
            bf16* y, float2* last, int batch, int length, int width, int modes) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
+    wait_for_previous(), let_next_begin();  // in this order: the gradients' kernel counts on all that came before
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int channel_index = blockIdx.x * CHANNELS + warp;
     const bool active = channel_index < width;

@@ -106,7 +106,7 @@ def filter_steps(
         modes,
     )
     if _tiled(x, modes, _FILTER_SHARED):
-        _FILTER[reverse].launch(x.device.index, _tiled_grid(x), *values[:8], batch, *values[8:])
+        _FILTER[reverse].launch_early(x.device.index, _tiled_grid(x), *values[:8], batch, *values[8:])
     else:
         _scan(f"scan_filter<{_TYPES[x.dtype]}, {'true' if reverse else 'false'}>", "PPPPPPPPiii", x, *values)
     return y, last
@@ -121,8 +121,14 @@ def parameter_gradients(
     bos: Tensor | None,
     first: Tensor | None,
     dlast: Tensor | None,
+    *,
+    after_filter: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dp, dq, dgamma), (D, N); first and dlast are the state before the first step and the gradient of the last."""
+    """(dp, dq, dgamma), (D, N); first and dlast are the state before the first step and the gradient of the last.
+
+    `after_filter`: the launch before this one is that of filter_steps, which makes none of the arguments; both may then
+    run at once.
+    """
     batch, length, width = x.shape
     modes = q.shape[1]
     tiled = _tiled(x, modes, _CORRELATE_SHARED) and dy.data_ptr() % 16 == 0
@@ -132,7 +138,8 @@ def parameter_gradients(
     dq, dgamma = (torch.empty(dp.shape, dtype=torch.complex64, device=x.device) for _ in range(2))
     pointers = tuple(_pointer(t) for t in (x, dy, bos, p, q, gamma, first, dlast, dp, dq, dgamma))
     if tiled:
-        _CORRELATE.launch(x.device.index, grid, *pointers, batch, length, width, modes)
+        launch = _CORRELATE.launch_early if after_filter else _CORRELATE.launch
+        launch(x.device.index, grid, *pointers, batch, length, width, modes)
     else:
         _scan(f"scan_correlate<{_TYPES[x.dtype]}>", "PPPPPPPPPPPiii", x, *pointers, length, width, modes)
     dp, dq, dgamma = (t.view(width, modes) if grid[1] == 1 else t.sum(0) for t in (dp, dq, dgamma))

@@ -118,8 +118,8 @@ DEVICE Dual passed_on(const Steps<T, false>& steps, const T* dy, int lane, float
     return sum;
 }
 
-// The parameter gradients of every batch row, (B, D, N). With u = keep q u + x and its derivative v = keep q v + (keep u
-// before the step) with respect to q, from zero: sum dy u and sum dy v. dlast: the gradient of the last h, or null.
+// The parameter gradients of every batch row, (B, D, N), from sum dy u and sum dy v, with u = keep q u + x and its
+// derivative v = keep q v + (keep u before the step) by q, from zero. dlast: the gradient of the last h, or null.
 template <class T>
 __global__ void __launch_bounds__(THREADS)
     scan_correlate(const T* x, const T* dy, const uint8_t* bos, const float* p, const float2* q, const float2* gamma,

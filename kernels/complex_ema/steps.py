@@ -32,6 +32,8 @@ def parameter_gradients(
     bos: Tensor | None,
     first: Tensor | None,
     dlast: Tensor | None,
+    *,
+    after_filter: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As launches.parameter_gradients. u = dh/dp and v = dh/dq, carried with h."""
     u, v, sum_u, sum_v, sum_h = (q.new_zeros((x.shape[0], *q.shape)) for _ in range(5))

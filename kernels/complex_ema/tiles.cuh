@@ -14,6 +14,19 @@ constexpr int WORDS = TILE / 2;  // two steps in a 32-bit word
 constexpr int MODES = 16;
 static_assert(THREADS == TILE, "a thread loads the document flag of one step");
 
+// Programmatic dependent launch. A kernel launched early may begin before the one before it has ended, once all blocks
+// of that one let it: it waits before it touches what that one writes. On older GPUs no kernel is launched early.
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // Where a word (steps 2 word, 2 word + 1 of the tile) of a channel stands: 16-byte units are permuted so that reads
 // along chunks and writes along time both touch every bank once.
 DEVICE int place(int channel, int word) {
