@@ -218,6 +218,37 @@ def test_graph_capture_and_replay() -> None:
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_early_launches_wait_for_what_they_read(batch: int) -> None:
+    """Pieces in a graph, whose kernels follow each other at once: q, the state and dy come from the one before."""
+    x, p, q, gamma, state = inputs(batch, 2048, 2048, 16, torch.bfloat16)
+    dy = torch.randn_like(x)
+
+    def pieces() -> list[Tensor]:
+        made, carried = [], state
+        for part, slope in zip(x.split(512, 1), dy.split(512, 1)):
+            part = part.detach().contiguous().requires_grad_()
+            turned = (q * 1.0).detach().requires_grad_()
+            y, carried = complex_ema(part, p, turned, gamma, state=carried)
+            made += [y, *torch.autograd.grad([y, carried], [part, p, turned, gamma], [slope * 1, carried * 1])]
+            carried = carried.detach() * 1
+        return [*made, carried]
+
+    expected = []
+    with torch.cuda.stream(torch.cuda.Stream()):
+        expected = pieces()
+        torch.cuda.current_stream().synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = pieces()
+    for _ in range(20):
+        for made in captured:
+            made.detach().zero_()
+        graph.replay()
+        for a, b in zip(captured, expected):
+            assert torch.equal(a, b)
+
+
 def test_compiled_step_matches_eager() -> None:
     leaves = inputs(2, 700, 64, 16, torch.float32)
 
