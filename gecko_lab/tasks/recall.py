@@ -179,7 +179,7 @@ class Recall(Task):
         ]
         if rows:
             window = results["window"]
-            seen = "everything" if window is None else f"at most {window:,} tokens"
+            seen = "everything" if window is None else f"at most {window:,} tokens a layer"
             found.append(Sheet(f"Accuracy by distance (attention sees {seen})", self.DISTANCE, rows))
         return found
 
