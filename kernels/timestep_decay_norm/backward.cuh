@@ -1,8 +1,8 @@
 #pragma once
 #include "tile.cuh"
 
-// x, dy, dx (rows, L, groups K); saved and begin as the forward left them; dmean_out, dvar_out (rows, groups), of the state
-// after the last step; partial (rows tiles, 2, groups K), gradients of weight and bias; dmean0, dvar0 (rows, groups) or null.
+// x, dy, dx (rows, L, groups K); saved and begin as the forward left them; dmean_out, dvar_out (rows, groups) or null, of
+// the state after the last step; partial (rows tiles, 2, groups K), gradients of weight and bias; dmean0, dvar0 (rows, groups) or null.
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     backward(const X* x_all, const X* dy_all, const P* weight, const float* saved, const int* begin, const int64_t* count0,
              const float* dmean_out, const float* dvar_out, X* dx_all, float* partial, float* dmean0, float* dvar0,
@@ -17,10 +17,17 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     // The last use of the tile is before that of the exchange when a thread holds one access a step.
     float* exchange = reinterpret_cast<float*>(memory + (VECTORS == 1 ? 0 : 2 * TILE_BYTES));
     const Rates rate = {beta1, beta2, keep1, keep2, log1, log2, 0.f};
-    const Place place(L, groups, rows, tiles);
+    const Place place(blockIdx.x, L, groups, rows, tiles);
     const Share mine;
     // A cluster may have more blocks than the chain has tiles: the others have no steps.
-    const int tile = tiles - 1 - place.order, start = IN_CLUSTER && tile < 0 ? L : tile * TILE, group = place.group(mine.group);
+    const auto start_of = [&](int order) { return IN_CLUSTER && order >= tiles ? L : (tiles - 1 - order) * TILE; };
+    const int tile = tiles - 1 - place.order, start = start_of(place.order), group = place.group(mine.group);
+    if constexpr (IN_CLUSTER) {
+        let_next_begin();
+        prefetch_tile(x_all, place, start), prefetch_tile(dy_all, place, start);
+        inbox.open();
+        wait_for_previous();
+    }
     const int64_t base = (int64_t(place.row) * L + start) * groups * K + int64_t(group) * K;
     const int64_t pairs = int64_t(rows) * groups * L;
 
@@ -37,7 +44,10 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         }
     }
     copy_async_commit();
-    inbox.open();
+    if (IN_CLUSTER && block_after(BACKWARD_BLOCKS) < gridDim.x) {
+        const Place next(block_after(BACKWARD_BLOCKS), L, groups, rows, tiles);
+        prefetch_tile(x_all, next, start_of(next.order)), prefetch_tile(dy_all, next, start_of(next.order));
+    }
     for (int i = threadIdx.x; i < GROUPS * TILE; i += THREADS) {
         const int g = i / TILE, s = i % TILE;
         const bool inside = place.group(g) < groups && start + s < L;
@@ -46,14 +56,19 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         scale[g][s] = inside ? saved[pairs + at] : 0.f;
     }
     const Documents documents = {begin ? begin + int64_t(place.row) * L : nullptr, count0 ? count0[place.row] : 0};
+    constexpr bool EARLY = IN_CLUSTER && VECTORS == 1;  // few blocks live on a multiprocessor: load before the waits
+    float w[VECTOR] = {};
+    if (EARLY && group < groups && mine.within(0)) load(weight + int64_t(group) * K + mine.column(0), w);
     __syncthreads();
     copy_async_wait<0>();
 
     float sums[3][ROWS] = {};
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
-        float w[VECTOR] = {};
-        if (group < groups && mine.within(v)) load(weight + int64_t(group) * K + mine.column(v), w);
+        if constexpr (!EARLY) {
+            for (float& value : w) value = 0.f;
+            if (group < groups && mine.within(v)) load(weight + int64_t(group) * K + mine.column(v), w);
+        }
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             const float mean = center[mine.group][r * ACROSS + mine.step];
@@ -115,8 +130,9 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         if (lane == 0) before = identity<kind>();
 
         const float last = 1.f / float(documents.count(L - 1));
-        Run state = DECAYED ? Run{0.f, 0.f, dmean_out[chain], dvar_out[chain]}
-                            : Run{0.f, 0.f, dvar_out[chain] * last, dmean_out[chain] * last};
+        const float to_last_mean = dmean_out ? dmean_out[chain] : 0.f, to_last_var = dvar_out ? dvar_out[chain] : 0.f;
+        Run state = DECAYED ? Run{0.f, 0.f, to_last_mean, to_last_var}
+                            : Run{0.f, 0.f, to_last_var * last, to_last_mean * last};
         // The last tile of time may be short: it is the first of the chain, so every power counts its true steps.
         const auto steps = [&](int done) { return float(max(0, L - (tiles - done) * TILE)); };
         if constexpr (IN_CLUSTER) {

@@ -50,9 +50,22 @@ template <int CHAINS> struct __align__(16) Inbox {
                      : "memory");
         const int lane = threadIdx.x % 32;
         const Run run = lane < rank() ? runs[chain][lane] : identity<kind>();
-        return from_lane(warp_scan<kind>(run), 31);
+        return from_lane(warp_scan<kind, CLUSTER_BLOCKS>(run), CLUSTER_BLOCKS - 1);
     }
 };
+
+// Kernels of clusters are launched early: each lets the next begin at once, and may only set itself up and ask the L2
+// cache for what it will read, until all before it have ended. Every block of each waits for that, so the end of the
+// kernel before is the end of all before it.
+DEVICE void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
+DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+// The block that begins about when this one ends, of whose kind a multiprocessor holds so many.
+DEVICE uint32_t block_after(int blocks) {
+    uint32_t multiprocessors;
+    asm("mov.u32 %0, %%nsmid;" : "=r"(multiprocessors));
+    return blockIdx.x + multiprocessors * blocks / CLUSTER_BLOCKS * CLUSTER_BLOCKS;
+}
 #define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
 #else
 constexpr bool IN_CLUSTER = false;
@@ -63,5 +76,9 @@ template <int CHAINS> struct Inbox {
     DEVICE void send(int, const Run&) {}
     template <Kind kind> DEVICE Run received(int) const { return identity<kind>(); }
 };
+DEVICE void let_next_begin() {}
+DEVICE void wait_for_previous() {}
+DEVICE void prefetch(const void*) {}
+DEVICE uint32_t block_after(int) { return ~0u; }
 #define CLUSTERED
 #endif

@@ -12,11 +12,19 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, FORWARD_BLOCKS)
     constexpr Kind kind = DECAYED ? Decay : Merge;
     __shared__ float first[GROUPS][TILE], second[GROUPS][TILE];
     __shared__ float before[2][GROUPS];  // in a cluster, whose blocks wait for little else: the state before the first step
+    constexpr bool EARLY = IN_CLUSTER && VECTORS == 1;  // few blocks live on a multiprocessor: load before the waits
+    __shared__ __align__(16) float affine[2][EARLY ? GROUPS * K : 1];
     __shared__ Inbox<GROUPS> inbox;
     const Rates rate = {beta1, beta2, keep1, keep2, log1, log2, eps};
-    const Place place(L, groups, rows, tiles);
+    const Place place(blockIdx.x, L, groups, rows, tiles);
     const Share mine;
     const int start = place.order * TILE, group = place.group(mine.group);
+    if constexpr (IN_CLUSTER) {
+        let_next_begin();
+        prefetch_tile(x_all, place, start);
+        inbox.open();
+        wait_for_previous();
+    }
     const int64_t base = (int64_t(place.row) * L + start) * groups * K + int64_t(group) * K;
 
     const Tile x_tile(memory);
@@ -32,7 +40,16 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, FORWARD_BLOCKS)
         }
     }
     copy_async_commit();
-    inbox.open();
+    if (IN_CLUSTER && block_after(FORWARD_BLOCKS) < gridDim.x) {
+        const Place next(block_after(FORWARD_BLOCKS), L, groups, rows, tiles);
+        prefetch_tile(x_all, next, next.order * TILE);
+    }
+    if constexpr (EARLY)
+        for (int i = threadIdx.x; i < GROUPS * K; i += THREADS)
+            if (place.group(0) * K + i < groups * K) {
+                affine[0][i] = 1.f + to_float(weight[place.group(0) * K + i]);
+                affine[1][i] = to_float(bias[place.group(0) * K + i]);
+            }
     if (IN_CLUSTER && threadIdx.x < GROUPS) {
         const bool there = mean0 && place.group(threadIdx.x) < groups;
         before[0][threadIdx.x] = there ? mean0[place.chain(threadIdx.x)] : 0.f;
@@ -98,9 +115,16 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, FORWARD_BLOCKS)
         const int64_t chain = place.chain(g);
         Run state = {DECAYED ? 0.f : float(documents.carried), 0.f, 0.f, 0.f};
         if (mean0) state.a = IN_CLUSTER ? before[0][g] : mean0[chain], state.b = IN_CLUSTER ? before[1][g] : var0[chain];
+        float unbias1[2], unbias2[2];
         if constexpr (IN_CLUSTER) {
             if constexpr (DECAYED) whole = exact_powers(whole, TILE, rate);
             inbox.send(g, whole);
+#pragma unroll
+            for (int i = 0; DECAYED && i < 2; ++i) {  // while the others' sums are on their way
+                const int t = start + 2 * lane + i;
+                const float n = t < L ? float(documents.count(t)) : 1.f;
+                unbias1[i] = correction(rate.log1, n), unbias2[i] = correction(rate.log2, n);
+            }
             Run run = inbox.received<kind>(g);
             if constexpr (DECAYED) run = exact_powers(run, place.order * TILE, rate);
             state = compose<kind>(state, run);
@@ -136,7 +160,9 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, FORWARD_BLOCKS)
                 mean_out[chain] = mean, var_out[chain] = var;
                 if (place.group(g) == 0) count_out[place.row] = documents.count(t);
             }
-            if constexpr (DECAYED) {
+            if constexpr (DECAYED && IN_CLUSTER) {
+                mean *= unbias1[i], var *= unbias2[i];
+            } else if constexpr (DECAYED) {
                 const float n = float(documents.count(t));
                 mean *= correction(rate.log1, n), var *= correction(rate.log2, n);
             }
@@ -155,10 +181,15 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, FORWARD_BLOCKS)
     for (int v = 0; v < VECTORS; ++v) {
         if (!mine.within(v)) continue;
         float w[VECTOR], b[VECTOR];
-        load(weight + int64_t(group) * K + mine.column(v), w);
-        load(bias + int64_t(group) * K + mine.column(v), b);
+        if constexpr (EARLY) {
+            load(affine[0] + mine.group * K + mine.column(v), w);
+            load(affine[1] + mine.group * K + mine.column(v), b);
+        } else {
+            load(weight + int64_t(group) * K + mine.column(v), w);
+            load(bias + int64_t(group) * K + mine.column(v), b);
 #pragma unroll
-        for (float& value : w) value += 1.f;
+            for (float& value : w) value += 1.f;
+        }
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             const int step = r * ACROSS + mine.step;

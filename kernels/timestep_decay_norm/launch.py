@@ -67,7 +67,8 @@ def run_forward(
     _prepare(p, bos, begin, slots, length)
     count, mean, var = (None if t is None else t.contiguous() for t in (count, mean, var))
     tensors = (x, weight, bias, y, bos, begin, count, mean, var, count_out, mean_out, var_out, saved, slots)
-    p.forward.launch(
+    launch = p.forward.launch_early if p.cluster else p.forward.launch
+    launch(
         x.get_device(),
         _blocks(p, rows, tiles),
         *map(address, tensors),
@@ -85,8 +86,8 @@ def run_backward(
     p: Plan,
     rate: Rates,
     dy: Tensor,
-    dmean: Tensor,
-    dvar: Tensor,
+    dmean: Tensor | None,
+    dvar: Tensor | None,
     x: Tensor,
     weight: Tensor,
     saved: Tensor,
@@ -106,10 +107,10 @@ def run_backward(
     partial = torch.empty(rows * tiles, 2, dim, dtype=torch.float32, device=x.device)
     slots = _slots(p, rows, tiles, x)
     _prepare(p, None, begin, slots, length)
-    dmean, dvar = dmean.contiguous(), dvar.contiguous()
-    count = None if count is None else count.contiguous()
+    dmean, dvar, count = (None if t is None else t.contiguous() for t in (dmean, dvar, count))
     tensors = (x, dy, weight, saved, begin, count, dmean, dvar, dx, partial, dmean0, dvar0, slots)
-    p.backward.launch(
+    launch = p.backward.launch_early if p.cluster else p.backward.launch
+    launch(
         x.get_device(),
         _blocks(p, rows, tiles),
         *map(address, tensors),
@@ -119,7 +120,8 @@ def run_backward(
         tiles,
         *rate.values,
     )
-    p.parameter_sums.launch(
+    launch = p.parameter_sums.launch_early if p.cluster else p.parameter_sums.launch
+    launch(
         x.get_device(), -(-2 * dim // 32), address(partial), address(dweight), address(dbias), rows * tiles, dim
     )
     return dx, dweight, dbias, dmean0, dvar0

@@ -20,7 +20,7 @@ _LIBRARY.define(
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "time_norm_backward(Tensor dy, Tensor dmean, Tensor dvar, Tensor x, Tensor weight, Tensor saved, Tensor begin, "
+    "time_norm_backward(Tensor dy, Tensor? dmean, Tensor? dvar, Tensor x, Tensor weight, Tensor saved, Tensor begin, "
     "Tensor? count, bool stateful, int groups, float? beta1, float? beta2) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
@@ -47,6 +47,7 @@ class TimeNorm(torch.autograd.Function):
         beta2: float | None,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)  # a state that nothing uses after the call: no kernels that make zeros
         ctx.options = mean is not None, groups, beta1, beta2
         y, count_out, mean_out, var_out, saved, begin = torch.ops.gecko_lab.time_norm(
             x, weight, bias, bos, count, mean, var, groups, beta1, beta2, eps, True
@@ -57,7 +58,10 @@ class TimeNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: None, dmean: Tensor, dvar: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dy: Tensor | None, _: None, dmean: Tensor | None, dvar: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        dy = torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy
         dx, dweight, dbias, dmean0, dvar0 = torch.ops.gecko_lab.time_norm_backward(
             dy, dmean, dvar, *ctx.saved_tensors, *ctx.options
         )
@@ -131,8 +135,8 @@ def _forward_cuda(
 
 def _backward_cuda(
     dy: Tensor,
-    dmean: Tensor,
-    dvar: Tensor,
+    dmean: Tensor | None,
+    dvar: Tensor | None,
     x: Tensor,
     weight: Tensor,
     saved: Tensor,
@@ -171,8 +175,8 @@ def _forward_fake(
 
 def _backward_fake(
     dy: Tensor,
-    dmean: Tensor,
-    dvar: Tensor,
+    dmean: Tensor | None,
+    dvar: Tensor | None,
     x: Tensor,
     weight: Tensor,
     saved: Tensor,

@@ -34,11 +34,11 @@ DEVICE Run from_lane(const Run& x, int lane) {
             __shfl_sync(all, x.b, lane)};
 }
 
-// Inclusive, over the lanes of a warp.
-template <Kind kind> DEVICE Run warp_scan(Run x) {
+// Inclusive, over the lanes of a warp, of which the first `Lanes` count.
+template <Kind kind, int Lanes = 32> DEVICE Run warp_scan(Run x) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
+    for (int offset = 1; offset < Lanes; offset *= 2) {
         const Run before = from_lane(x, (lane - offset) & 31);
         if (lane >= offset) x = compose<kind>(before, x);
     }

@@ -58,8 +58,8 @@ def forward(
 
 def backward(
     dy: Tensor,
-    dmean: Tensor,
-    dvar: Tensor,
+    dmean: Tensor | None,
+    dvar: Tensor | None,
     x: Tensor,
     weight: Tensor,
     saved: Tensor,
@@ -83,7 +83,7 @@ def backward(
     if begin.numel():
         counts = torch.where(begin >= 0, steps - begin, counts)
         starts = begin == steps - 1
-    u, v = dmean, dvar
+    u, v = (torch.zeros_like(centre[:, 0]) if d is None else d for d in (dmean, dvar))
     shifts, stretches = [], []
     for t in reversed(range(length)):
         n = counts[:, t]

@@ -21,12 +21,12 @@ struct Rates {
 // Where a block works. `order` is its tile's place in the chain: time order forward, the reverse backward.
 struct Place {
     int order, row, strip, groups, L, tiles;
-    DEVICE Place(int L, int groups, int rows, int tiles) : groups(groups), L(L), tiles(tiles) {
+    DEVICE Place(uint32_t block, int L, int groups, int rows, int tiles) : groups(groups), L(L), tiles(tiles) {
         const int strips = (groups + GROUPS - 1) / GROUPS;
-        const uint32_t first = blockIdx.x / CLUSTER_BLOCKS;
+        const uint32_t first = block / CLUSTER_BLOCKS;
         strip = first % strips;
         row = first / strips % rows;
-        order = IN_CLUSTER ? blockIdx.x % CLUSTER_BLOCKS : first / strips / rows;
+        order = IN_CLUSTER ? block % CLUSTER_BLOCKS : first / strips / rows;
     }
     DEVICE int group(int g) const { return strip * GROUPS + g; }
     DEVICE int64_t chain(int g) const { return int64_t(row) * groups + group(g); }
@@ -67,6 +67,17 @@ struct Tile {
     }
 };
 extern __shared__ __align__(16) char memory[];
+
+// Ask the L2 cache for the tile that begins at step `start`.
+DEVICE void prefetch_tile(const X* all, const Place& place, int start) {
+    constexpr int LINE = 128 / int(sizeof(X)), LINES = (GROUPS * K + LINE - 1) / LINE;
+    const int width = place.groups * K;
+    all += int64_t(place.row) * place.L * width;
+    for (int i = threadIdx.x; i < TILE * LINES; i += THREADS) {
+        const int step = start + i / LINES, column = place.group(0) * K + i % LINES * LINE;
+        if (step < place.L && column < width) prefetch(all + int64_t(step) * width + column);
+    }
+}
 
 // Documents of one row: begin[t] is the step of the latest BOS at or before t, -1 when there is none in this call.
 struct Documents {

@@ -160,12 +160,12 @@ def test_long_rows_look_far_back(cuda: torch.device, kind: str, past: int) -> No
 def test_short_rows_in_clusters_or_not(cuda: torch.device, kind: str) -> None:
     """A few rows of two to eight tiles go to clusters, many rows look back through global memory."""
     norm, reference, options = norm_of(kind)
-    for batch in (3, 90):
+    for batch in (3, 400):
         leaves, state = inputs(cuda, batch, 300, 8, 8, torch.float32, kind, 5)
         bos = boundaries("rows", batch, 300, cuda)
         assert bos is not None
         suited = plan(8, torch.float32, torch.float32, kind == "decay", 8).suited(batch, 300, cuda)
-        assert suited.cluster == (0 if batch == 90 or torch.cuda.get_device_capability() < (9, 0) else CLUSTER)
+        assert suited.cluster == (0 if batch == 400 or torch.cuda.get_device_capability() < (9, 0) else CLUSTER)
         for marks in (None, bos):
             wide, start = double(leaves, state)
             expected = run(reference, wide, start, groups=8, bos=None if marks is None else marks.cpu(), **options)

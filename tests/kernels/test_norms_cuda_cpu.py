@@ -50,7 +50,8 @@ def test_time_norms_obey_the_rules_of_operators(kind: str, carried: bool) -> Non
     outputs = OPS.time_norm(*tensors, *past, *options, True)
     seeds = torch.ones_like(outputs[0]), torch.ones_like(outputs[2]), torch.ones_like(outputs[3])
     kept = (*tensors[:2], *outputs[4:], past[1])
-    torch.library.opcheck(OPS.time_norm_backward.default, (*seeds, *kept, carried, GROUPS, *BETAS[kind]))
+    for after in (seeds[1:], (None, None)):
+        torch.library.opcheck(OPS.time_norm_backward.default, (seeds[0], *after, *kept, carried, GROUPS, *BETAS[kind]))
 
 
 @pytest.mark.parametrize("centered", [False, True])
@@ -76,6 +77,22 @@ def test_time_norms_have_the_gradients_of_the_reference(kind: str) -> None:
         assert torch.equal(after.count, torch.tensor([5, 14]))
         total = y.square().sum() + after.mean.sum() + after.var.square().sum()
         found.append([y, after.mean, after.var, *torch.autograd.grad(total, leaves)])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("kind", TWINS)
+@pytest.mark.parametrize("used", ["y", "mean", "var"])
+def test_time_norms_of_which_one_output_is_used(kind: str, used: str) -> None:
+    norm, reference, options = TWINS[kind]
+    tensors, bos, state = time_inputs()
+    found = []
+    for call in (norm, reference):
+        leaves = [t.clone().requires_grad_() for t in (*tensors, *state[1:])]
+        y, after = call(*leaves[:3], bos=bos, state=NormState(state.count, *leaves[3:]), **options)
+        output = {"y": y, "mean": after.mean, "var": after.var}[used]
+        gradients = torch.autograd.grad(output.square().sum(), leaves, allow_unused=True)
+        found.append([torch.zeros_like(a) if g is None else g for a, g in zip(leaves, gradients)])
     for actual, expected in zip(*found, strict=True):
         torch.testing.assert_close(actual, expected)
 
