@@ -2,7 +2,8 @@
 #include "tile.cuh"
 
 // x, dy, dx (rows, L, groups K); saved and begin as the forward left them; dmean_out, dvar_out (rows, groups) or null, of
-// the state after the last step; partial (rows tiles, 2, groups K), gradients of weight and bias; dmean0, dvar0 (rows, groups) or null.
+// the state after the last step; partial (rows tiles, 2, groups K), gradients of weight and bias; dmean0, dvar0 (rows,
+// groups) or null.
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     backward(const X* x_all, const X* dy_all, const P* weight, const float* saved, const int* begin, const int64_t* count0,
              const float* dmean_out, const float* dvar_out, X* dx_all, float* partial, float* dmean0, float* dvar0,
@@ -22,13 +23,13 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     // A cluster may have more blocks than the chain has tiles: the others have no steps.
     const auto start_of = [&](int order) { return IN_CLUSTER && order >= tiles ? L : (tiles - 1 - order) * TILE; };
     const int tile = tiles - 1 - place.order, start = start_of(place.order), group = place.group(mine.group);
+    const int64_t base = (int64_t(place.row) * L + start) * groups * K + int64_t(group) * K;
     if constexpr (IN_CLUSTER) {
         let_next_begin();
         prefetch_tile(x_all, place, start), prefetch_tile(dy_all, place, start);
         inbox.open();
         wait_for_previous();
     }
-    const int64_t base = (int64_t(place.row) * L + start) * groups * K + int64_t(group) * K;
     const int64_t pairs = int64_t(rows) * groups * L;
 
     const Tile x_tile(memory), dy_tile(memory + TILE_BYTES);

@@ -18,14 +18,15 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, FORWARD_BLOCKS)
     const Rates rate = {beta1, beta2, keep1, keep2, log1, log2, eps};
     const Place place(blockIdx.x, L, groups, rows, tiles);
     const Share mine;
-    const int start = place.order * TILE, group = place.group(mine.group);
+    const int start = place.order * TILE, group = place.group(mine.group), width = groups * K;
+    const int64_t base = (int64_t(place.row) * L + start) * width + group * K;
+    const X* const nearest = x_all + base + (mine.step * width + mine.column(0));
     if constexpr (IN_CLUSTER) {
         let_next_begin();
         prefetch_tile(x_all, place, start);
         inbox.open();
         wait_for_previous();
     }
-    const int64_t base = (int64_t(place.row) * L + start) * groups * K + int64_t(group) * K;
 
     const Tile x_tile(memory);
 #pragma unroll
@@ -35,7 +36,9 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, FORWARD_BLOCKS)
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
             const bool there = inside && mine.within(v);
-            const X* from = there ? x_all + base + int64_t(step) * groups * K + mine.column(v) : x_all;
+            const X* from = x_all;
+            if (there && IN_CLUSTER) from = nearest + (r * ACROSS * width + v * LANES * VECTOR);  // soon after the wait
+            if (there && !IN_CLUSTER) from = x_all + base + int64_t(step) * width + mine.column(v);  // in few registers
             x_tile.fetch(r, v, from, there);
         }
     }
@@ -44,18 +47,18 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, FORWARD_BLOCKS)
         const Place next(block_after(FORWARD_BLOCKS), L, groups, rows, tiles);
         prefetch_tile(x_all, next, next.order * TILE);
     }
-    if constexpr (EARLY)
-        for (int i = threadIdx.x; i < GROUPS * K; i += THREADS)
-            if (place.group(0) * K + i < groups * K) {
-                affine[0][i] = 1.f + to_float(weight[place.group(0) * K + i]);
-                affine[1][i] = to_float(bias[place.group(0) * K + i]);
-            }
-    if (IN_CLUSTER && threadIdx.x < GROUPS) {
-        const bool there = mean0 && place.group(threadIdx.x) < groups;
-        before[0][threadIdx.x] = there ? mean0[place.chain(threadIdx.x)] : 0.f;
-        before[1][threadIdx.x] = there ? var0[place.chain(threadIdx.x)] : 0.f;
-    }
     const Documents documents = {begin ? begin + int64_t(place.row) * L : nullptr, count0 ? count0[place.row] : 0};
+    if constexpr (IN_CLUSTER) {
+        float carried[2] = {};
+        if (mean0 && threadIdx.x < GROUPS && place.group(threadIdx.x) < groups)
+            carried[0] = mean0[place.chain(threadIdx.x)], carried[1] = var0[place.chain(threadIdx.x)];
+        for (int i = threadIdx.x; EARLY && i < GROUPS * K; i += THREADS) {
+            const int column = place.group(0) * K + i;
+            affine[0][i] = column < groups * K ? 1.f + to_float(weight[column]) : 0.f;
+            affine[1][i] = column < groups * K ? to_float(bias[column]) : 0.f;
+        }
+        if (threadIdx.x < GROUPS) before[0][threadIdx.x] = carried[0], before[1][threadIdx.x] = carried[1];
+    }
     if constexpr (IN_CLUSTER)
         if (bos && threadIdx.x < 32) {  // every strip finds and writes the same
             int* to = begin + int64_t(place.row) * L;
@@ -199,7 +202,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, FORWARD_BLOCKS)
             float y[VECTOR];
 #pragma unroll
             for (int i = 0; i < VECTOR; ++i) y[i] = fmaf((x[i] - mean) * scale, w[i], b[i]);
-            write(y_all + base + int64_t(step) * groups * K + mine.column(v), y);
+            write(y_all + base + int64_t(step) * width + mine.column(v), y);
         }
     }
 }

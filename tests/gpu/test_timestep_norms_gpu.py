@@ -256,6 +256,44 @@ def test_graph_replay(cuda: torch.device, kind: str) -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_that_begin_early_wait_for_what_they_read(cuda: torch.device, kind: str, batch: int) -> None:
+    """Pieces whose x, state and parameters were just written, by a kernel of torch's or by a norm, in one graph."""
+    norm, _, options = norm_of(kind)
+    leaves, _ = inputs(cuda, batch, 512, 64, 64, torch.bfloat16, kind, 0)
+    x, weight, bias = leaves
+    slope = torch.randn_like(x)
+
+    def read(settle: Callable[[], None]) -> list[Tensor]:
+        found: list[Tensor] = []
+        first = second = None
+        for step in range(12):
+            fresh = (x.detach() * (step + 1)).requires_grad_()
+            scale = weight.detach() + step
+            settle()
+            y, first = norm(fresh, scale, bias, groups=64, state=first, **options)
+            settle()
+            z, second = norm(y, weight, bias, groups=64, state=second, **options)
+            settle()
+            (dx,) = torch.autograd.grad(z, fresh, slope)
+            settle()
+            first, second = (NormState(*(t.detach() for t in state)) for state in (first, second))
+            found += [z.detach(), dx, *first, *second]
+        return found
+
+    expected = read(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = read(lambda: None)
+    for _ in range(20):
+        for t in captured:
+            t.zero_()
+        graph.replay()
+        for got, want in zip(captured, expected, strict=True):
+            assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_compile_checkpoint_and_autocast(cuda: torch.device, kind: str) -> None:
     norm, _, options = norm_of(kind)

@@ -1,6 +1,6 @@
 """What carrying the state costs: a stream read in pieces of 512 against the same tokens in one call, per token.
 
-python -m tests.gpu.timing_streaming     (both captured in CUDA graphs, so that launches from Python do not count)
+python -m tests.gpu.timing_streaming [OP ...]     (both captured in CUDA graphs: launches from Python do not count)
 
 `floor` is what the pieces of one kernel each would take if only their launches counted: a chain of kernels of one
 element in a graph, measured in the same run. `fwd+bwd` trains piece by piece: gradients stay within a piece.
@@ -8,7 +8,8 @@ element in a graph, measured in the same run. `fwd+bwd` trains piece by piece: g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def train(op: Op, pieces: list[Tensor], slopes: list[Tensor], parameters: list[T
         state = states.detach(state)
 
 
-def main() -> None:
+def main(only: Sequence[str] = ()) -> None:
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), f"one empty kernel in a graph: {(launch := launch_us()):.2f} us")
     dim, modes = 4096, 16
@@ -88,7 +89,7 @@ def main() -> None:
     columns = f"{'op':22}{'mode':9}{'B':>3}{'L':>7}{'whole ms':>10}{'pieces ms':>11}{'ratio':>7}"
     print(columns, "  us a piece: whole, pieces, floor")
     for name, op, parameters in (("timestep_decay_norm", norm, [weight, bias]), ("complex_ema", ema, [p, q, gamma])):
-        for batch, length in SHAPES:
+        for batch, length in SHAPES if not only or name in only else ():
             x = torch.randn(batch, length, dim, device="cuda", dtype=torch.bfloat16).requires_grad_()
             pieces = [part.detach().contiguous().requires_grad_() for part in x.split(PIECE, 1)]
             slopes = [torch.randn_like(part) for part in pieces]
@@ -112,4 +113,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with use("strict"):
-        main()
+        main(sys.argv[1:])
