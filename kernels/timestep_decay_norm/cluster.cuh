@@ -3,7 +3,7 @@
 #pragma once
 #include "scan.cuh"
 
-#if CLUSTER && __CUDA_ARCH__ >= 900
+#if CLUSTER > 1 && __CUDA_ARCH__ >= 900
 constexpr bool IN_CLUSTER = true;
 constexpr int CLUSTER_BLOCKS = CLUSTER;
 
@@ -19,13 +19,18 @@ template <int CHAINS> struct __align__(16) Inbox {
             const uint32_t barrier = shared_address(&barriers[threadIdx.x]);
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
             asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                         "r"(rank() * int(sizeof(Run)))
-                         : "memory");
         }
         asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");  // the fence above orders what matters
     }
-    DEVICE void ready() const { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+    // After a barrier of the block. What arrives before a chain is told how much to expect is counted all the same.
+    DEVICE void ready() const {
+        if (threadIdx.x < CHAINS)
+            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                             shared_address(&barriers[threadIdx.x])),
+                         "r"(rank() * int(sizeof(Run)))
+                         : "memory");
+        asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+    }
 
     // By one warp a chain: lane l sends to the block l ranks further on.
     DEVICE void send(int chain, const Run& run) {
@@ -53,19 +58,6 @@ template <int CHAINS> struct __align__(16) Inbox {
         return from_lane(warp_scan<kind, CLUSTER_BLOCKS>(run), CLUSTER_BLOCKS - 1);
     }
 };
-
-// Kernels of clusters are launched early: each lets the next begin at once, and may only set itself up and ask the L2
-// cache for what it will read, until all before it have ended. Every block of each waits for that, so the end of the
-// kernel before is the end of all before it.
-DEVICE void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
-DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-// The block that begins about when this one ends, of whose kind a multiprocessor holds so many.
-DEVICE uint32_t block_after(int blocks) {
-    uint32_t multiprocessors;
-    asm("mov.u32 %0, %%nsmid;" : "=r"(multiprocessors));
-    return blockIdx.x + multiprocessors * blocks / CLUSTER_BLOCKS * CLUSTER_BLOCKS;
-}
 #define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
 #else
 constexpr bool IN_CLUSTER = false;
@@ -76,9 +68,21 @@ template <int CHAINS> struct Inbox {
     DEVICE void send(int, const Run&) {}
     template <Kind kind> DEVICE Run received(int) const { return identity<kind>(); }
 };
-DEVICE void let_next_begin() {}
-DEVICE void wait_for_previous() {}
-DEVICE void prefetch(const void*) {}
-DEVICE uint32_t block_after(int) { return ~0u; }
 #define CLUSTERED
 #endif
+
+// Kernels that need no slots are launched early: each lets the next begin when little is left to do, and may only set
+// itself up and ask the L2 cache for what it will read, until all before it have ended. Every block of each waits for
+// that, so the end of the kernel before is the end of all before it. (Let to begin at once, kernel after kernel would
+// take places, and the blocks of each would lie unevenly on the multiprocessors.)
+DEVICE void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }

@@ -20,7 +20,7 @@ from gecko_lab.kernels import ops
 from gecko_lab.kernels.backend import use
 
 PIECE = 512
-SHAPES = ((1, 2048), (1, 32768), (8, 2048), (8, 4096), (32, 2048))
+SHAPES = ((1, 2048), (1, 32768), (2, 2048), (4, 2048), (8, 2048), (8, 4096), (16, 2048), (32, 2048))
 Op = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
 
