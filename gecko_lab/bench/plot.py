@@ -51,11 +51,12 @@ def context_plot(rows: Sequence[dict[str, Any]]) -> str:
             f'<path class="line" d="{path(curve, x, y)}" style="stroke:{tint}" stroke-dasharray="{dash or "none"}"/>'
         )
         out += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3" style="fill:{tint}"/>' for a, b in curve]
-        ends.append((y(curve[-1][1]), x(curve[-1][0]), name, y(curve[0][1])))
+        ends.append((y(curve[-1][1]), x(curve[-1][0]), name))
     placed = -math.inf  # names beside the last points, never on top of each other
-    for at, start, name, first in sorted(ends):
-        if start < right - 1:  # a curve that ends inside: above its beginning
-            out.append(text(left + 8, first - 10, name))
+    for at, start, name in sorted(ends):
+        if start < right - 1:  # a curve that ends inside
+            fits = start + 10 + LETTER * len(name) <= right + 24  # or it meets the names of the others
+            out.append(text(start + 10, at + 4, name) if fits else text(start - 8, at - 4, name, "end"))
             continue
         placed = max(at + 4, placed + 15)
         out.append(text(start + 10, placed, name))
