@@ -1,17 +1,19 @@
 #pragma once
 #include "tile.cuh"
 
-// x, dy, dx (rows, L, groups K); saved and begin as the forward left them; dmean_out, dvar_out (rows, groups) or null, of
-// the state after the last step; partial (rows tiles, 2, groups K), gradients of weight and bias, without
-// `tiles` where a block walks; dmean0, dvar0 (rows, groups) or null.
+// x, dy, dx (rows, L, groups K); saved and begin as the forward left them; dmean_out, dvar_out (rows, groups) or null,
+// of the state after the last step; partial (rows tiles, 2, groups K), gradients of weight and bias; dmean0, dvar0
+// (rows, groups) or null.
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
-    backward(const X* x_all, const X* dy_all, const P* weight, const float* saved, const int* begin, const int64_t* count0,
-             const float* dmean_out, const float* dvar_out, X* dx_all, float* partial, float* dmean0, float* dvar0,
-             uint64_t* all_slots, int rows, int L, int groups, int tiles, float beta1, float beta2, float keep1,
-             float keep2, float log1, float log2) {
+    backward(const X* x_all, const X* dy_all, const P* weight, const float* saved, const int* begin,
+             const int64_t* count0, const float* dmean_out, const float* dvar_out, X* dx_all, float* partial,
+             float* dmean0, float* dvar0, uint64_t* all_slots, int rows, int L, int groups, int tiles, float beta1,
+             float beta2, float keep1, float keep2, float log1, float log2) {
     constexpr Kind kind = DECAYED ? Decay : Drift;
-    __shared__ float centers[GROUPS][WALK_TILES * TILE], scales[GROUPS][WALK_TILES * TILE];  // of the normalisation
-    __shared__ float tile_sums[WALKS ? 2 : 1][3][GROUPS][TILE];  // two where a block walks: see the forward
+    __shared__ float center[GROUPS][TILE], scale[GROUPS][TILE];  // of the normalisation
+    // Of a step: the mean of its group; sum dy w and sum dy w (x - center), then the two coefficients of dx.
+    __shared__ float sums_of_steps[3][GROUPS][TILE];
+    auto &own_mean = sums_of_steps[0], &along = sums_of_steps[1], &across = sums_of_steps[2];
     __shared__ Inbox<GROUPS> inbox;
     // The last use of the tile is before that of the exchange when a thread holds one access a step.
     float* exchange = reinterpret_cast<float*>(memory + (VECTORS == 1 ? 0 : 2 * TILE_BYTES));
@@ -20,21 +22,17 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     const Share mine;
     // A cluster may have more blocks than the chain has tiles: the others have no steps.
     const auto start_of = [&](int order) { return IN_CLUSTER && order >= tiles ? L : (tiles - 1 - order) * TILE; };
-    const int group = place.group(mine.group);
+    const int tile = tiles - 1 - place.order, start = start_of(place.order), group = place.group(mine.group);
     const int64_t row_base = int64_t(place.row) * L * groups * K + int64_t(group) * K;
-    if constexpr (NO_SLOTS) {
-        prefetch_tile(x_all, place, start_of(place.order)), prefetch_tile(dy_all, place, start_of(place.order));
+    if constexpr (IN_CLUSTER) {
+        prefetch_tile(x_all, place, start), prefetch_tile(dy_all, place, start);
         inbox.open();
         wait_for_previous();
     }
     const int64_t pairs = int64_t(rows) * groups * L;
 
-    const auto tile_of = [](int order, int which) {
-        return Tile(memory + ((WALKS ? order % BACKWARD_STAGES * 2 : 0) + which) * TILE_BYTES);
-    };
-    const auto fetch = [&](int order) {
-        const Tile x_tile = tile_of(order, 0), dy_tile = tile_of(order, 1);
-        const int start = start_of(order);
+    const Tile x_tile(memory), dy_tile(memory + TILE_BYTES);
+    {
         const int64_t base = row_base + int64_t(start) * groups * K;
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
@@ -47,35 +45,22 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                 x_tile.fetch(r, v, x_all + at, there), dy_tile.fetch(r, v, dy_all + at, there);
             }
         }
-    };
-    for_each_stage<BACKWARD_STAGES>(place, fetch);
-    const int first = WALKS ? 0 : start_of(place.order);  // the first step of those in `centers`
-    for (int i = threadIdx.x; i < GROUPS * WALK_TILES * TILE; i += THREADS) {
-        const int g = i / (WALK_TILES * TILE), s = i % (WALK_TILES * TILE);
-        const bool inside = place.group(g) < groups && first + s < L;
-        const int64_t at = place.chain(g) * L + first + s;
-        centers[g][s] = inside ? saved[at] : 0.f;
-        scales[g][s] = inside ? saved[pairs + at] : 0.f;
+    }
+    copy_async_commit();
+    for (int i = threadIdx.x; i < GROUPS * TILE; i += THREADS) {
+        const int g = i / TILE, s = i % TILE;
+        const bool inside = place.group(g) < groups && start + s < L;
+        const int64_t at = place.chain(g) * L + start + s;
+        center[g][s] = inside ? saved[at] : 0.f;
+        scale[g][s] = inside ? saved[pairs + at] : 0.f;
     }
     const Documents documents = {begin ? begin + int64_t(place.row) * L : nullptr, count0 ? count0[place.row] : 0};
     float w[VECTOR] = {};
     if (EARLY && group < groups && mine.within(0)) load(weight + int64_t(group) * K + mine.column(0), w);
-    float dweight[VECTOR] = {}, dbias[VECTOR] = {};
-    Run carried = identity<kind>();  // where a block walks: what its tiles did so far
     __syncthreads();
 
-    for_each_tile(place, [&](int order) {
-        const int tile = tiles - 1 - order, start = start_of(order);
+    after_fetch([&] {
         const int64_t base = row_base + int64_t(start) * groups * K;
-        const Tile x_tile = tile_of(order, 0), dy_tile = tile_of(order, 1);
-        const int offset = WALKS ? start : 0;
-        const auto center = [&](int g, int s) { return centers[g][offset + s]; };
-        const auto scale = [&](int g, int s) { return scales[g][offset + s]; };
-        // Of a step: the mean of its group; sum dy w and sum dy w (x - center), then the two coefficients of dx.
-        auto& of_tile = tile_sums[WALKS ? order % 2 : 0];
-        auto &own_mean = of_tile[0], &along = of_tile[1], &across = of_tile[2];
-        copy_async_wait<BACKWARD_STAGES - 1>();
-
         float sums[3][ROWS] = {};
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
@@ -85,7 +70,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
             }
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {
-                const float mean = center(mine.group, r * ACROSS + mine.step);
+                const float mean = center[mine.group][r * ACROSS + mine.step];
                 const Vector<X, VECTOR> x = x_tile(r, v), dy = dy_tile(r, v);
 #pragma unroll
                 for (int i = 0; i < VECTOR; ++i) {
@@ -104,11 +89,11 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
             }
         }
         __syncthreads();
-        if (!WALKS || order == tiles - 1) let_next_begin();
+        let_next_begin();
         inbox.ready();
 
-        // Backward in time: lane 0 holds the last two steps of the tile. a and b are the gradients of the mean's and the
-        // variance's carry (Decay), or of the variance and the mean over the count (Drift).
+        // Backward in time: lane 0 holds the last two steps of the tile. a and b are the gradients of the mean's and
+        // the variance's carry (Decay), or of the variance and the mean over the count (Drift).
         for_each_group(place, [&](int g) {
             const int lane = threadIdx.x % 32;
             const int64_t chain = place.chain(g);
@@ -121,7 +106,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                 to_mean[i] = to_var[i] = 0.f;
                 if (s >= 0 && t < L) {
                     const bool starts = documents.starts(t);
-                    const float n = float(documents.count(t)), r = scale(g, s);
+                    const float n = float(documents.count(t)), r = scale[g][s];
                     to_mean[i] = -r * along[g][s], to_var[i] = -0.5f * r * r * r * across[g][s];
                     if constexpr (DECAYED) {
                         to_mean[i] *= correction(rate.log1, n), to_var[i] *= correction(rate.log2, n);
@@ -131,7 +116,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                             own[i] = {rate.beta1, rate.beta2, rate.beta1 * to_mean[i], rate.beta2 * to_var[i]};
                     } else {
                         to_mean[i] /= n, to_var[i] /= n;
-                        const float drift = n > 1.f ? (own_mean[g][s] - center(g, s)) / (n - 1.f) : 0.f;
+                        const float drift = n > 1.f ? (own_mean[g][s] - center[g][s]) / (n - 1.f) : 0.f;
                         if (n <= 1.f)
                             own[i] = {0.f, 1.f, 0.f, 0.f};
                         else
@@ -157,10 +142,6 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                 Run run = inbox.received<kind>(g);
                 if constexpr (DECAYED) run = exact_powers(run, steps(place.order), rate);
                 state = compose<kind>(state, run);
-            } else if constexpr (WALKS) {
-                if constexpr (DECAYED) whole = exact_powers(whole, steps(order + 1) - steps(order), rate);
-                if (order > 0) state = carried;
-                carried = compose<kind>(state, whole);
             } else if (tiles > 1) {
                 uint64_t* slots = place.slots(all_slots, g);
                 if (lane == 0) publish(slots + place.order, whole);
@@ -195,7 +176,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                     across[g][s] = rate.keep2 * (here.b + to_var[i]) * (2.f / K);
                 } else {
                     const float dvar = 2.f * (here.a + to_var[i]);
-                    along[g][s] = fmaf(dvar, own_mean[g][s] - center(g, s), here.b + to_mean[i]) * (1.f / K);
+                    along[g][s] = fmaf(dvar, own_mean[g][s] - center[g][s], here.b + to_mean[i]) * (1.f / K);
                     across[g][s] = dvar * (1.f / K);
                 }
                 here = compose<kind>(here, own[i]);
@@ -210,20 +191,16 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
 
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
-            float gain[VECTOR] = {};
-            if constexpr (!WALKS) {
-#pragma unroll
-                for (int i = 0; i < VECTOR; ++i) dweight[i] = dbias[i] = 0.f;
-            }
+            float gain[VECTOR] = {}, dweight[VECTOR] = {}, dbias[VECTOR] = {};
             if (group < groups && mine.within(v)) {
-                if constexpr (!WALKS) load(weight + int64_t(group) * K + mine.column(v), gain);
+                load(weight + int64_t(group) * K + mine.column(v), gain);
 #pragma unroll
-                for (int i = 0; i < VECTOR; ++i) gain[i] = 1.f + (WALKS ? w[i] : gain[i]);
+                for (int i = 0; i < VECTOR; ++i) gain[i] += 1.f;
 #pragma unroll
                 for (int r = 0; r < ROWS; ++r) {
                     const int step = r * ACROSS + mine.step;
                     if (start + step >= L) continue;
-                    const float mean = center(mine.group, step), rs = scale(mine.group, step);
+                    const float mean = center[mine.group][step], rs = scale[mine.group][step];
                     const float at = own_mean[mine.group][step], shift = along[mine.group][step];
                     const float stretch = across[mine.group][step];
                     const Vector<X, VECTOR> x = x_tile(r, v), dy = dy_tile(r, v);
@@ -238,7 +215,6 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                     write(dx_all + base + int64_t(step) * groups * K + mine.column(v), dx);
                 }
             }
-            if (WALKS && order < tiles - 1) continue;  // the sums go on
             __syncthreads();
             write(exchange + threadIdx.x * VECTOR, dweight);
             write(exchange + (THREADS + threadIdx.x) * VECTOR, dbias);
@@ -250,13 +226,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                 float sum = 0.f;
 #pragma unroll
                 for (int a = 0; a < ACROSS; ++a) sum += exchange[(which * THREADS + a * SLOTS) * VECTOR + at];
-                const int64_t part = WALKS ? place.row : int64_t(place.row) * tiles + tile;
-                partial[(part * 2 + which) * groups * K + int64_t(g) * K + column] = sum;
+                partial[((int64_t(place.row) * tiles + tile) * 2 + which) * groups * K + int64_t(g) * K + column] = sum;
             }
-        }
-        if constexpr (WALKS) {
-            if (order + BACKWARD_STAGES < tiles) fetch(order + BACKWARD_STAGES);
-            copy_async_commit();
         }
     });
 }

@@ -1,9 +1,9 @@
-// A chain of few tiles: its blocks form a thread block cluster (sm_90 and newer) and send each other what their tiles do,
-// from shared memory to shared memory, so that nothing has to be prepared in global memory.
+// A chain of few tiles: its blocks form a thread block cluster (sm_90 and newer) and send each other what their tiles
+// do, from shared memory to shared memory, so that nothing has to be prepared in global memory.
 #pragma once
 #include "scan.cuh"
 
-#if CLUSTER > 1 && __CUDA_ARCH__ >= 900
+#if CLUSTER && __CUDA_ARCH__ >= 900
 constexpr bool IN_CLUSTER = true;
 constexpr int CLUSTER_BLOCKS = CLUSTER;
 
@@ -71,10 +71,10 @@ template <int CHAINS> struct Inbox {
 #define CLUSTERED
 #endif
 
-// Kernels that need no slots are launched early: each lets the next begin when little is left to do, and may only set
-// itself up and ask the L2 cache for what it will read, until all before it have ended. Every block of each waits for
-// that, so the end of the kernel before is the end of all before it. (Let to begin at once, kernel after kernel would
-// take places, and the blocks of each would lie unevenly on the multiprocessors.)
+// Kernels of clusters are launched early: each lets the next begin when little is left to do, and may only set itself
+// up and ask the L2 cache for what it will read, until all before it have ended. Every block of each waits for that, so
+// the end of the kernel before is the end of all before it. (Let to begin at once, kernel after kernel would take
+// places, and the blocks of each would lie unevenly on the multiprocessors.)
 DEVICE void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");

@@ -2,36 +2,34 @@
 #include "tile.cuh"
 
 // x, y (rows, L, groups K); count0 (rows), mean0, var0 (rows, groups) or null, and the same after the last step; saved
-// (2, rows, groups, L), the centre and the scale of every step, or null. Documents: none when `begin` (rows, L) is null;
-// it is given, or without slots found in `bos` (rows, L).
+// (2, rows, groups, L), the centre and the scale of every step, or null. Documents: none when `begin` (rows, L) is
+// null; it is given, or in a cluster found in `bos` (rows, L).
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, FORWARD_BLOCKS)
     forward(const X* x_all, const P* weight, const P* bias, X* y_all, const uint8_t* bos, int* begin,
-            const int64_t* count0, const float* mean0, const float* var0, int64_t* count_out, float* mean_out, float* var_out, float* saved,
-            uint64_t* all_slots, int rows, int L, int groups, int tiles, float beta1, float beta2, float keep1,
-            float keep2, float log1, float log2, float eps) {
+            const int64_t* count0, const float* mean0, const float* var0, int64_t* count_out, float* mean_out,
+            float* var_out, float* saved, uint64_t* all_slots, int rows, int L, int groups, int tiles, float beta1,
+            float beta2, float keep1, float keep2, float log1, float log2, float eps) {
     constexpr Kind kind = DECAYED ? Decay : Merge;
-    // Two of them where a block walks: the moments of a tile are formed while the tile before is written.
-    __shared__ float moments[WALKS ? 2 : 1][2][GROUPS][TILE];
-    __shared__ float before[2][GROUPS];  // without slots: the state before the first step, asked for beside the tile
+    __shared__ float moments[2][GROUPS][TILE];  // mean and variance of a step; then its centre and scale
+    auto &first = moments[0], &second = moments[1];
+    __shared__ float before[2][GROUPS];  // in a cluster: the state before the first step, asked for beside the tile
     __shared__ __align__(16) float affine[2][EARLY ? GROUPS * K : 1];
     __shared__ Inbox<GROUPS> inbox;
     const Rates rate = {beta1, beta2, keep1, keep2, log1, log2, eps};
     const Place place(L, groups, rows, tiles);
     const Share mine;
-    const int group = place.group(mine.group), width = groups * K;
+    const int start = place.order * TILE, group = place.group(mine.group), width = groups * K;
     const int64_t row_base = int64_t(place.row) * L * width + group * K;
-    if constexpr (NO_SLOTS) {
-        prefetch_tile(x_all, place, place.order * TILE);
+    if constexpr (IN_CLUSTER) {
+        prefetch_tile(x_all, place, start);
         inbox.open();
         wait_for_previous();
     }
 
-    const auto x_tile_of = [](int order) { return Tile(memory + (WALKS ? order % FORWARD_STAGES * TILE_BYTES : 0)); };
-    const auto fetch = [&](int order) {
-        const int start = order * TILE;
+    const Tile x_tile(memory);
+    const auto fetch = [&] {
         const int64_t base = row_base + int64_t(start) * width;
         const X* const nearest = x_all + base + (mine.step * width + mine.column(0));
-        const Tile x_tile = x_tile_of(order);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             const int step = r * ACROSS + mine.step;
@@ -40,15 +38,16 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, FORWARD_BLOCKS)
             for (int v = 0; v < VECTORS; ++v) {
                 const bool there = inside && mine.within(v);
                 const X* from = x_all;  // then soon after the wait, or in few registers
-                if (there && NO_SLOTS) from = nearest + (r * ACROSS * width + v * LANES * VECTOR);
-                if (there && !NO_SLOTS) from = x_all + base + int64_t(step) * width + mine.column(v);
+                if (there && IN_CLUSTER) from = nearest + (r * ACROSS * width + v * LANES * VECTOR);
+                if (there && !IN_CLUSTER) from = x_all + base + int64_t(step) * width + mine.column(v);
                 x_tile.fetch(r, v, from, there);
             }
         }
     };
-    for_each_stage<FORWARD_STAGES>(place, fetch);
+    fetch();
+    copy_async_commit();
     const Documents documents = {begin ? begin + int64_t(place.row) * L : nullptr, count0 ? count0[place.row] : 0};
-    if constexpr (NO_SLOTS) {
+    if constexpr (IN_CLUSTER) {
         float carried[2] = {};
         if (mean0 && threadIdx.x < GROUPS && place.group(threadIdx.x) < groups)
             carried[0] = mean0[place.chain(threadIdx.x)], carried[1] = var0[place.chain(threadIdx.x)];
@@ -59,23 +58,17 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, FORWARD_BLOCKS)
         }
         if (threadIdx.x < GROUPS) before[0][threadIdx.x] = carried[0], before[1][threadIdx.x] = carried[1];
     }
-    if constexpr (NO_SLOTS)
+    if constexpr (IN_CLUSTER)
         if (bos && threadIdx.x < 32) {  // every strip finds and writes the same
             int* to = begin + int64_t(place.row) * L;
             const uint8_t* marks = bos + int64_t(place.row) * L;
-            const int start = min(place.order * TILE, L), end = WALKS ? L : min(start + TILE, L);
-            const int before = find_begins(marks, 0, start, -1, [](int, int) {});
-            find_begins(marks, start, end, before, [&](int t, int latest) { to[t] = latest; });
+            const int from = min(start, L), end = min(from + TILE, L);
+            const int before = find_begins(marks, 0, from, -1, [](int, int) {});
+            find_begins(marks, from, end, before, [&](int t, int latest) { to[t] = latest; });
         }
-    Run carried = identity<kind>();  // where a block walks: what its tiles did so far
 
-    for_each_tile(place, [&](int order) {
-        const int start = order * TILE;
+    after_fetch([&] {
         const int64_t base = row_base + int64_t(start) * width;
-        const Tile x_tile = x_tile_of(order);
-        auto& of_tile = moments[WALKS ? order % 2 : 0];
-        auto &first = of_tile[0], &second = of_tile[1];
-        copy_async_wait<FORWARD_STAGES - 1>();
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             float mean = 0.f, square = 0.f;
@@ -100,7 +93,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, FORWARD_BLOCKS)
             }
         }
         __syncthreads();
-        if (!WALKS || order == tiles - 1) let_next_begin();
+        let_next_begin();
         inbox.ready();
 
         for_each_group(place, [&](int g) {
@@ -127,8 +120,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, FORWARD_BLOCKS)
 
             const int64_t chain = place.chain(g);
             Run state = {DECAYED ? 0.f : float(documents.carried), 0.f, 0.f, 0.f};
-            if (mean0 && NO_SLOTS) state.a = before[0][g], state.b = before[1][g];
-            if (mean0 && !NO_SLOTS) state.a = mean0[chain], state.b = var0[chain];
+            if (mean0 && IN_CLUSTER) state.a = before[0][g], state.b = before[1][g];
+            if (mean0 && !IN_CLUSTER) state.a = mean0[chain], state.b = var0[chain];
             float unbias1[2], unbias2[2];
             if constexpr (IN_CLUSTER) {
                 if constexpr (DECAYED) whole = exact_powers(whole, TILE, rate);
@@ -142,10 +135,6 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, FORWARD_BLOCKS)
                 Run run = inbox.received<kind>(g);
                 if constexpr (DECAYED) run = exact_powers(run, place.order * TILE, rate);
                 state = compose<kind>(state, run);
-            } else if constexpr (WALKS) {
-                if constexpr (DECAYED) whole = exact_powers(whole, TILE, rate);
-                if (order > 0) state = {DECAYED ? 0.f : float(documents.count(start - 1)), 0.f, carried.a, carried.b};
-                carried = compose<kind>(state, whole);
             } else if (tiles > 1) {
                 uint64_t* slots = place.slots(all_slots, g);
                 if (lane == 0) publish(slots + place.order, whole);
@@ -194,7 +183,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, FORWARD_BLOCKS)
         });
         __syncthreads();
 
-        if (group >= groups) return;  // not where a block walks
+        if (group >= groups) return;
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
             if (!mine.within(v)) continue;
@@ -219,10 +208,6 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, FORWARD_BLOCKS)
                 for (int i = 0; i < VECTOR; ++i) y[i] = fmaf((x[i] - mean) * scale, w[i], b[i]);
                 write(y_all + base + int64_t(step) * width + mine.column(v), y);
             }
-        }
-        if constexpr (WALKS) {
-            if (order + FORWARD_STAGES < tiles) fetch(order + FORWARD_STAGES);
-            copy_async_commit();
         }
     });
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .plan import WALKER, Plan, Rates
+from .plan import Plan, Rates
 
 
 def address(tensor: Tensor | None) -> int:
@@ -26,7 +26,7 @@ def _slots(p: Plan, rows: int, tiles: int, like: Tensor) -> Tensor | None:
 
 
 def _prepare(p: Plan, bos: Tensor | None, begin: Tensor, slots: Tensor | None, length: int) -> None:
-    """Clear the slots, and find the documents: begin (B, L) of bos (B, L). Only chains that look back need either."""
+    """Clear the slots, and find the documents: begin (B, L) of bos (B, L). Blocks of a cluster need neither."""
     if p.cluster or (bos is None and slots is None):
         return
     rows = 0 if bos is None else bos.shape[0]
@@ -104,8 +104,7 @@ def run_backward(
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
     shape = (rows, p.groups) if stateful else (0,)
     dmean0, dvar0 = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
-    parts = rows * (1 if p.cluster == WALKER else tiles)
-    partial = torch.empty(parts, 2, dim, dtype=torch.float32, device=x.device)
+    partial = torch.empty(rows * tiles, 2, dim, dtype=torch.float32, device=x.device)
     slots = _slots(p, rows, tiles, x)
     _prepare(p, None, begin, slots, length)
     dmean, dvar, count = (None if t is None else t.contiguous() for t in (dmean, dvar, count))
@@ -122,5 +121,5 @@ def run_backward(
         *rate.values,
     )
     launch = p.parameter_sums.launch_early if p.cluster else p.parameter_sums.launch
-    launch(x.get_device(), -(-2 * dim // 32), address(partial), address(dweight), address(dbias), parts, dim)
+    launch(x.get_device(), -(-2 * dim // 32), address(partial), address(dweight), address(dbias), rows * tiles, dim)
     return dx, dweight, dbias, dmean0, dvar0

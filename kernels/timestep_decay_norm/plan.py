@@ -13,9 +13,7 @@ from ..runtime import Kernel, Module
 TYPES = {torch.bfloat16: "bf16", torch.float32: "float"}
 VECTORS_A_LANE = 16  # accesses of 16 bytes, in a step of a group
 CLUSTER = 8  # blocks: what every device with clusters takes
-WALKER = 1  # in the place of CLUSTER: one block that walks
-WALK_TILES = 8  # at most
-WALK_BYTES = 48 * 1024  # of tiles on their way or in use: four blocks fill a multiprocessor of compute capability 9.0
+CLUSTER_ROUNDS = 2  # of blocks that live at once: two rounds of clusters still beat a second kernel (four rows at 7B)
 MODULE = Module(__file__, "norm.cu", kernels=("prepare", "forward", "backward", "parameters"))
 
 
@@ -62,31 +60,21 @@ class Plan:
     parameters: torch.dtype
     decayed: bool
     groups: int
-    cluster: int = 0  # blocks that hold a whole chain of tiles; 1 walks through it; 0: any number, which look back
+    cluster: int = 0  # blocks that hold a whole chain of tiles; 0: any number of them, which look back
 
     def suited(self, rows: int, length: int, device: torch.device) -> Plan:
-        """The plan for so many rows of `length` steps: where few tiles hold a row, one that has nothing to prepare.
+        """The plan for so many rows of `length` steps: clusters where few tiles hold a row and few blocks all rows.
 
-        Blocks that walk where a row and group each fill the machine, but all live at once; clusters where they would
-        not, and all blocks of the clusters live at once. Many rows hide preparations and look back.
+        Clusters need no kernel before theirs and begin early: measured, that is worth more than what a second round
+        of blocks waits for eight free places at once. Many rows hide the kernel that clears slots: they look back.
         """
         if not self.tile < length <= CLUSTER * self.tile:
             return self
-        multiprocessors, clusters, memory = limits(device)
-        walker, blocks = self.of(WALKER), rows * self.groups
-        most = multiprocessors * min(512 // walker.threads, memory // (walker.backward_bytes + 8192))
-        if walker.walks_well and length <= WALK_TILES * walker.tile and 1.5 * multiprocessors <= blocks <= most:
-            return walker
-        places = 768 // self.threads * multiprocessors if clusters else 0
-        return self.of(CLUSTER) if rows * self.strips * CLUSTER <= places else self
-
-    def of(self, cluster: int) -> Plan:
-        return plan(self.features, self.dtype, self.parameters, self.decayed, self.groups, cluster)
-
-    @cached_property
-    def walks_well(self) -> bool:
-        """Whether a step of a group is wide enough to be read alone, and one access a lane."""
-        return self.features * self.dtype.itemsize >= 128 and self.defines["VECTORS"] == 1
+        multiprocessors, clusters = limits(device)
+        places = 768 // self.threads * multiprocessors if clusters else 0  # of blocks of the backward
+        if rows * self.strips * CLUSTER > CLUSTER_ROUNDS * places:
+            return self
+        return plan(self.features, self.dtype, self.parameters, self.decayed, self.groups, CLUSTER)
 
     @cached_property
     def defines(self) -> dict[str, int | str]:
@@ -94,19 +82,14 @@ class Plan:
         count = self.features // vector
         lanes = min(32, power_of_two(count))
         vectors = -(-count // lanes)
-        wide = lanes >= 16 and self.cluster != WALKER
+        wide = lanes >= 16
         # Neighbouring groups until a step's part is 256 (512) contiguous bytes; at most two rows a lane pair scans.
         groups = max(1, (512 if wide else 256) // (self.features * self.dtype.itemsize))
-        groups = 1 if self.cluster == WALKER else min(power_of_two(groups), power_of_two(self.groups), 32)
+        groups = min(power_of_two(groups), power_of_two(self.groups), 32)
         threads = min(256 if wide and vectors <= 8 else 128, max(32, 64 * lanes * groups))
         groups = min(groups, threads // lanes)
         across = threads // (lanes * groups)
         rows = max(1, min(8 // vectors, 64 // across))
-
-        def stages(tensors: int) -> int:
-            tile = tensors * threads * rows * vectors * vector * self.dtype.itemsize
-            return min(WALK_TILES, max(2, WALK_BYTES // tile)) if self.cluster == WALKER else 1
-
         return {
             "DECAYED": int(self.decayed),
             "INPUT": TYPES[self.dtype],
@@ -119,9 +102,6 @@ class Plan:
             "ROWS": rows,
             "THREADS": threads,
             "CLUSTER": self.cluster,
-            "WALK_TILES": WALK_TILES if self.cluster == WALKER else 1,
-            "FORWARD_STAGES": stages(1),
-            "BACKWARD_STAGES": stages(2),
         }
 
     @cached_property
@@ -157,13 +137,12 @@ class Plan:
     def backward_bytes(self) -> int:
         """Tiles of x and dy, and the exchange of parameter gradients."""
         d = self.defines
-        tiles, exchange = 2 * int(d["BACKWARD_STAGES"]) * self.tile_bytes, 2 * self.threads * int(d["VECTOR"]) * 4
+        tiles, exchange = 2 * self.tile_bytes, 2 * self.threads * int(d["VECTOR"]) * 4
         return max(tiles, exchange) if d["VECTORS"] == 1 else tiles + exchange
 
     @cached_property
     def forward(self) -> Kernel:
-        smem = self.tile_bytes * int(self.defines["FORWARD_STAGES"])
-        return self.module.kernel("forward", args="P" * 14 + "iiii" + "f" * 7, block=self.threads, smem=smem)
+        return self.module.kernel("forward", args="P" * 14 + "iiii" + "f" * 7, block=self.threads, smem=self.tile_bytes)
 
     @cached_property
     def backward(self) -> Kernel:
@@ -185,11 +164,10 @@ def plan(
 
 
 @lru_cache(maxsize=64)
-def limits(device: torch.device) -> tuple[int, bool, int]:
-    """Multiprocessors, whether they take clusters of blocks, and the shared memory of each."""
+def limits(device: torch.device) -> tuple[int, bool]:
+    """Multiprocessors, and whether they take clusters of blocks."""
     properties = torch.cuda.get_device_properties(device)
-    shared = int(properties.shared_memory_per_multiprocessor)
-    return properties.multi_processor_count, properties.major >= 9, shared
+    return properties.multi_processor_count, properties.major >= 9
 
 
 @lru_cache(maxsize=64)

@@ -1,9 +1,8 @@
 // How the time-step norms cut their work. A block holds a tile of steps and whole groups in shared memory.
 // Defines: DECAYED 0/1; INPUT, PARAMETER types of x and of the parameters; FEATURES a group; VECTOR elements an access;
 // LANES lanes a group; VECTORS accesses a lane, group and step; GROUPS groups a block; ROWS steps a thread; THREADS a
-// block; CLUSTER blocks that hold a chain of tiles and speak through shared memory, 1: a block that walks from tile to
-// tile, 0: any number that speak through global memory; WALK_TILES that a block may walk, of which FORWARD_STAGES and
-// BACKWARD_STAGES are on their way to its shared memory or in it (all 1 where none walks).
+// block; CLUSTER blocks that hold a chain of tiles and speak through shared memory, 0: any number that speak through
+// global memory.
 #pragma once
 #include "cluster.cuh"
 #include "vectors.cuh"
@@ -13,13 +12,10 @@ using P = PARAMETER;
 constexpr int K = FEATURES;
 constexpr int SLOTS = LANES * GROUPS, ACROSS = THREADS / SLOTS, TILE = ACROSS * ROWS, WARPS = THREADS / 32;
 constexpr bool WHOLE = LANES * VECTORS * VECTOR == K;
-constexpr bool WALKS = CLUSTER == 1, NO_SLOTS = IN_CLUSTER || WALKS;
-// How many live on a multiprocessor: four walk, whose tiles fill its shared memory.
-constexpr int FORWARD_BLOCKS = (WALKS || VECTORS > 4 ? 512 : 1024) / THREADS;
-constexpr int BACKWARD_BLOCKS = (WALKS ? 512 : 768) / THREADS;
-constexpr bool EARLY = NO_SLOTS && VECTORS == 1;  // few blocks live on a multiprocessor: load before the waits
+// How many live on a multiprocessor.
+constexpr int FORWARD_BLOCKS = (VECTORS > 4 ? 512 : 1024) / THREADS, BACKWARD_BLOCKS = 768 / THREADS;
+constexpr bool EARLY = IN_CLUSTER && VECTORS == 1;  // few blocks live on a multiprocessor: load before the waits
 static_assert(TILE <= 64 && THREADS % SLOTS == 0, "a warp scans two steps a lane");
-static_assert(!WALKS || (GROUPS == 1 && VECTORS == 1), "a block that walks keeps one chain's state in registers");
 
 struct Rates {
     float beta1, beta2, keep1, keep2, log1, log2, eps;  // keep = 1 - beta, log = ln beta
@@ -116,22 +112,11 @@ template <class Use> DEVICE void for_each_group(const Place& place, Use use) {
         if (place.group(g) < place.groups) use(g);
 }
 
-// The first `Stages` tiles of a block, each one a group of asynchronous copies (without any, where there are fewer).
-template <int Stages, class Fetch> DEVICE void for_each_stage(const Place& place, Fetch fetch) {
-#pragma unroll 1
-    for (int stage = 0; stage < Stages; ++stage) {
-        if (!WALKS || stage < place.tiles) fetch(place.order + stage);
-        copy_async_commit();
-    }
-}
-
-// One tile after another, or the block's only one.
-template <class Use> DEVICE void for_each_tile(const Place& place, Use use) {
-    if constexpr (WALKS)
-#pragma unroll 1
-        for (int order = 0; order < place.tiles; ++order) use(order);
-    else
-        use(place.order);
+// What a block does with its tile, once it is there. Handed over as a function (as the forward's fetch is one), because
+// the same steps written straight into a kernel compile to other machine code than that which was measured.
+template <class Use> DEVICE void after_fetch(Use use) {
+    copy_async_wait<0>();
+    use();
 }
 
 DEVICE float correction(float log_beta, float n) { return -1.f / expm1f(n * log_beta); }

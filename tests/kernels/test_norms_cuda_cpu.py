@@ -99,14 +99,15 @@ def test_time_norms_of_which_one_output_is_used(kind: str, used: str) -> None:
 
 @pytest.mark.parametrize("clusters", [True, False])
 def test_plans_suit_the_number_of_rows(monkeypatch: pytest.MonkeyPatch, clusters: bool) -> None:
-    """At the 7B shape: clusters for few rows, blocks that walk where they fill the machine, many rows look back."""
-    monkeypatch.setattr(time_plan, "limits", lambda _: (132, clusters, 228 * 1024))
+    """At the 7B shape: clusters for as many rows as two rounds of blocks hold, more rows look back."""
+    monkeypatch.setattr(time_plan, "limits", lambda _: (132, clusters))
     made = time_plan.plan(64, torch.bfloat16, torch.float32, True, 64)
     device = torch.device("cuda")
     few = time_plan.CLUSTER if clusters else 0
-    found = [made.suited(rows, 512, device).cluster for rows in (1, 3, 4, 8, 9, 32)]
-    assert found == [few, few, time_plan.WALKER, time_plan.WALKER, 0, 0]
-    assert [made.suited(8, length, device).cluster for length in (1, 64, 65, 513)] == [0, 0, time_plan.WALKER, 0]
+    assert [made.suited(rows, 512, device).cluster for rows in (1, 4, 6, 7, 8, 32)] == [few, few, few, 0, 0, 0]
+    assert [made.suited(4, length, device).cluster for length in (1, 64, 65, 512, 513)] == [0, 0, few, few, 0]
+    wide = time_plan.plan(64, torch.float32, torch.float32, True, 64)
+    assert [wide.suited(rows, 512, device).cluster for rows in (3, 4)] == [few, 0]
     narrow = time_plan.plan(8, torch.float32, torch.float32, True, 64)
     assert narrow.suited(8, 512, device).cluster == few
 
