@@ -106,7 +106,7 @@ def filter_steps(
         modes,
     )
     if _tiled(x, modes, _FILTER_SHARED):
-        _FILTER[reverse].launch_early(x.device.index, _tiled_grid(x), *values[:8], batch, *values[8:])
+        _FILTER[reverse].launch(x.device.index, _tiled_grid(x), *values[:8], batch, *values[8:], early=True)
     else:
         _scan(f"scan_filter<{_TYPES[x.dtype]}, {'true' if reverse else 'false'}>", "PPPPPPPPiii", x, *values)
     return y, last
@@ -138,8 +138,7 @@ def parameter_gradients(
     dq, dgamma = (torch.empty(dp.shape, dtype=torch.complex64, device=x.device) for _ in range(2))
     pointers = tuple(_pointer(t) for t in (x, dy, bos, p, q, gamma, first, dlast, dp, dq, dgamma))
     if tiled:
-        launch = _CORRELATE.launch_early if after_filter else _CORRELATE.launch
-        launch(x.device.index, grid, *pointers, batch, length, width, modes)
+        _CORRELATE.launch(x.device.index, grid, *pointers, batch, length, width, modes, early=after_filter)
     else:
         _scan(f"scan_correlate<{_TYPES[x.dtype]}>", "PPPPPPPPPPPiii", x, *pointers, length, width, modes)
     dp, dq, dgamma = (t.view(width, modes) if grid[1] == 1 else t.sum(0) for t in (dp, dq, dgamma))

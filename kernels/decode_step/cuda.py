@@ -99,8 +99,7 @@ class Chain:
     def run(self) -> None:
         """Enqueue all of them on torch's current stream."""
         for index, (kernel, grid, values, smem) in enumerate(self._launches):
-            launch = kernel.launch_early if self.early and index else kernel.launch
-            launch(self.device_index, grid, *values, smem=smem)
+            kernel.launch(self.device_index, grid, *values, smem=smem, early=self.early and index > 0)
 
 
 @dataclass(frozen=True)

@@ -45,34 +45,21 @@ class Kernel:
     def __repr__(self) -> str:
         return f"Kernel({self.module.label}: {self.name})"
 
-    def launch(self, device_index: int, grid: int | tuple[int, ...], *values: Any, smem: int | None = None) -> None:
+    def launch(
+        self,
+        device_index: int,
+        grid: int | tuple[int, ...],
+        *values: Any,
+        smem: int | None = None,
+        early: bool = False,
+    ) -> None:
         """Enqueue the kernel on torch's current stream of a device.
 
         `values` follow `args`: pointers are integers (tensor.data_ptr()). `smem` replaces the kernel's own number of
-        dynamic bytes. Raises LaunchError, or ValueError where the values do not fit `args`.
+        dynamic bytes. `early`: it may begin before the kernel enqueued before it has ended, and has to wait itself
+        (PTX griddepcontrol.wait) before it reads what that one writes and writes what that one reads; before compute
+        capability 9.0 this changes nothing. Raises LaunchError, or ValueError where the values do not fit `args`.
         """
-        self._launch(device_index, grid, values, smem, early=False)
-
-    def launch_early(
-        self, device_index: int, grid: int | tuple[int, ...], *values: Any, smem: int | None = None
-    ) -> None:
-        """As ``launch``, but the kernel may begin before the one enqueued before it has ended.
-
-        It then has to wait itself (PTX griddepcontrol.wait) before it reads what that one writes, and writes what
-        that one reads. Before compute capability 9.0 the same as ``launch``.
-        """
-        self._launch(device_index, grid, values, smem, early=True)
-
-    def load(self, device_index: int) -> Loaded:
-        """Compile and load for a device now, so that the first launch does neither."""
-        with self._lock:
-            if (loaded := self._loaded.get(device_index)) is None:
-                loaded = self._loaded[device_index] = self._load(device_index)
-            return loaded
-
-    def _launch(
-        self, device_index: int, grid: int | tuple[int, ...], values: tuple[Any, ...], smem: int | None, early: bool
-    ) -> None:
         loaded = self._loaded.get(device_index) or self.load(device_index)
         try:
             buffer, pointers = self._local.arguments
@@ -89,6 +76,13 @@ class Kernel:
         else:
             with host.select(device_index):
                 self._enqueue(loaded, device_index, shape, smem, pointers, early)
+
+    def load(self, device_index: int) -> Loaded:
+        """Compile and load for a device now, so that the first launch does neither."""
+        with self._lock:
+            if (loaded := self._loaded.get(device_index)) is None:
+                loaded = self._loaded[device_index] = self._load(device_index)
+            return loaded
 
     def _enqueue(
         self, loaded: Loaded, device_index: int, grid: tuple[int, int, int], smem: int, pointers: int, early: bool

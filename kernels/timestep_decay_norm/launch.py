@@ -67,8 +67,7 @@ def run_forward(
     _prepare(p, bos, begin, slots, length)
     count, mean, var = (None if t is None else t.contiguous() for t in (count, mean, var))
     tensors = (x, weight, bias, y, bos, begin, count, mean, var, count_out, mean_out, var_out, saved, slots)
-    launch = p.forward.launch_early if p.cluster else p.forward.launch
-    launch(
+    p.forward.launch(
         x.get_device(),
         _blocks(p, rows, tiles),
         *map(address, tensors),
@@ -78,6 +77,7 @@ def run_forward(
         tiles,
         *rate.values,
         eps,
+        early=bool(p.cluster),
     )
     return y, count_out, mean_out, var_out, saved, begin
 
@@ -109,8 +109,7 @@ def run_backward(
     _prepare(p, None, begin, slots, length)
     dmean, dvar, count = (None if t is None else t.contiguous() for t in (dmean, dvar, count))
     tensors = (x, dy, weight, saved, begin, count, dmean, dvar, dx, partial, dmean0, dvar0, slots)
-    launch = p.backward.launch_early if p.cluster else p.backward.launch
-    launch(
+    p.backward.launch(
         x.get_device(),
         _blocks(p, rows, tiles),
         *map(address, tensors),
@@ -119,7 +118,8 @@ def run_backward(
         p.groups,
         tiles,
         *rate.values,
+        early=bool(p.cluster),
     )
-    launch = p.parameter_sums.launch_early if p.cluster else p.parameter_sums.launch
-    launch(x.get_device(), -(-2 * dim // 32), address(partial), address(dweight), address(dbias), rows * tiles, dim)
+    pointers = address(partial), address(dweight), address(dbias)
+    p.parameter_sums.launch(x.get_device(), -(-2 * dim // 32), *pointers, rows * tiles, dim, early=bool(p.cluster))
     return dx, dweight, dbias, dmean0, dvar0

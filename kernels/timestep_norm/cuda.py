@@ -40,4 +40,4 @@ def unsupported(
 def modules() -> list[Module]:
     """What the 7B shape needs, in bf16 and float32, for long sequences and for pieces of one."""
     types = (torch.bfloat16, torch.float32)
-    return [plan(64, dtype, torch.float32, False, 64, kind).module for kind in (0, CLUSTER) for dtype in types]
+    return [plan(64, dtype, torch.float32, False, 64, cluster).module for cluster in (0, CLUSTER) for dtype in types]

@@ -147,11 +147,11 @@ def test_launch_passes_everything_on(machine: Machine, module: Module) -> None:
 
 def test_early_launches_pass_everything_on(machine: Machine, module: Module) -> None:
     kernel = module.kernel("probe", args="Pifq", block=(32, 4), smem=64)
-    kernel.launch_early(0, (5, 6), 1, -3, 1.5, 2)
-    kernel.launch_early(0, 7, 3, 4, 2.5, 5, smem=100_000)
+    kernel.launch(0, (5, 6), 1, -3, 1.5, 2, early=True)
+    kernel.launch(0, 7, 3, 4, 2.5, 5, smem=100_000, early=True)
     kernel.launch(0, 8, 3, 4, 2.5, 5)
     machine.driver.current.device = None
-    kernel.launch_early(0, 9, 3, 4, 2.5, 6)
+    kernel.launch(0, 9, 3, 4, 2.5, 6, early=True)
     first, second, third, fourth = machine.driver.launches
     assert first[:6] == ("probe on 0, early", (5, 6, 1), (32, 4, 1), 64, 70, (1, -3, 1.5, 2))
     assert second[:6] == ("probe on 0, early", (7, 1, 1), (32, 4, 1), 100_000, 70, (3, 4, 2.5, 5))
