@@ -1,5 +1,6 @@
 """The CUDA norms without a GPU: operators that obey the rules of torch, plans that fit, compilation without spills."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -66,14 +67,19 @@ def test_row_norms_obey_the_rules_of_operators(centered: bool, parameters: int) 
     )
 
 
-@pytest.mark.parametrize("kind", TWINS)
-def test_time_norms_have_the_gradients_of_the_reference(kind: str) -> None:
+def time_twins(kind: str) -> Iterator[tuple[list[Tensor], Tensor, NormState]]:
+    """Of the operator, then of the reference: x, weight, bias, mean, var that take gradients, and the outputs."""
     norm, reference, options = TWINS[kind]
     tensors, bos, state = time_inputs()
-    found = []
     for call in (norm, reference):
         leaves = [t.clone().requires_grad_() for t in (*tensors, *state[1:])]
-        y, after = call(*leaves[:3], bos=bos, state=NormState(state.count, *leaves[3:]), **options)
+        yield leaves, *call(*leaves[:3], bos=bos, state=NormState(state.count, *leaves[3:]), **options)
+
+
+@pytest.mark.parametrize("kind", TWINS)
+def test_time_norms_have_the_gradients_of_the_reference(kind: str) -> None:
+    found = []
+    for leaves, y, after in time_twins(kind):
         assert torch.equal(after.count, torch.tensor([5, 14]))
         total = y.square().sum() + after.mean.sum() + after.var.square().sum()
         found.append([y, after.mean, after.var, *torch.autograd.grad(total, leaves)])
@@ -84,12 +90,8 @@ def test_time_norms_have_the_gradients_of_the_reference(kind: str) -> None:
 @pytest.mark.parametrize("kind", TWINS)
 @pytest.mark.parametrize("used", ["y", "mean", "var"])
 def test_time_norms_of_which_one_output_is_used(kind: str, used: str) -> None:
-    norm, reference, options = TWINS[kind]
-    tensors, bos, state = time_inputs()
     found = []
-    for call in (norm, reference):
-        leaves = [t.clone().requires_grad_() for t in (*tensors, *state[1:])]
-        y, after = call(*leaves[:3], bos=bos, state=NormState(state.count, *leaves[3:]), **options)
+    for leaves, y, after in time_twins(kind):
         output = {"y": y, "mean": after.mean, "var": after.var}[used]
         gradients = torch.autograd.grad(output.square().sum(), leaves, allow_unused=True)
         found.append([torch.zeros_like(a) if g is None else g for a, g in zip(leaves, gradients)])
