@@ -12,17 +12,3 @@ DEVICE float2 times_plus(float2 a, float2 b, float2 c) {
 }
 
 DEVICE float2 square(float2 a) { return make_float2(a.x * a.x - a.y * a.y, 2.f * a.x * a.y); }
-
-// Lane s of a group of 2 HALF = N lanes gets the sum over the group of the values at index s, as values[0].
-template <int HALF, int N> DEVICE void sum_to_own_index(float (&values)[N], int lane) {
-    if constexpr (HALF > 0) {
-        const bool upper = lane & HALF;
-#pragma unroll
-        for (int i = 0; i < HALF; ++i) {
-            const float sent = upper ? values[i] : values[i + HALF];
-            const float kept = upper ? values[i + HALF] : values[i];
-            values[i] = kept + __shfl_xor_sync(ALL, sent, HALF);
-        }
-        sum_to_own_index<HALF / 2>(values, lane);
-    }
-}

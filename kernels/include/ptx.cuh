@@ -124,6 +124,20 @@ template <int Width = 32> DEVICE float warp_max(float x) {
     return x;
 }
 
+// Lane s of a group of 2 HALF = N lanes gets the sum over the group of the values at index s, as values[0].
+template <int HALF, int N> DEVICE void sum_to_own_index(float (&values)[N], int lane) {
+    if constexpr (HALF > 0) {
+        const bool upper = lane & HALF;
+#pragma unroll
+        for (int i = 0; i < HALF; ++i) {
+            const float sent = upper ? values[i] : values[i + HALF];
+            const float kept = upper ? values[i + HALF] : values[i];
+            values[i] = kept + __shfl_xor_sync(0xffffffffu, sent, HALF);
+        }
+        sum_to_own_index<HALF / 2>(values, lane);
+    }
+}
+
 // The sum over a one-dimensional block of `Threads`, in every thread. `scratch` holds Threads / 32 floats of shared
 // memory and may be reused at once.
 template <int Threads> DEVICE float block_sum(float x, float* scratch) {

@@ -33,11 +33,19 @@ class Loaded:
 class Kernel:
     """A __global__ function with the types of its arguments and its block. Made by Module.kernel."""
 
-    def __init__(self, module: "Module", name: str, args: str, block: int | tuple[int, ...], smem: int) -> None:
+    def __init__(
+        self,
+        module: "Module",
+        name: str,
+        args: str,
+        block: int | tuple[int, ...],
+        smem: int,
+        most_shared: bool = False,
+    ) -> None:
         if unknown := sorted(set(args) - set(_SLOTS)):
             raise ValueError(f"args={args!r} of kernel {name}: {unknown} not among {', '.join(_SLOTS)}")
         self.module, self.name, self.args, self.smem = module, name, args, smem
-        self.block = _three(block)
+        self.block, self.most_shared = _three(block), most_shared
         self._struct = struct.Struct("=" + "".join(_SLOTS[letter] for letter in args))
         self._reset()
         _kernels.add(self)
@@ -146,6 +154,9 @@ class Kernel:
             limit = device.attribute(device_index, "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN") - static
             key = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             device.check(what, driver.cuFuncSetAttribute(function, key, limit))
+            if self.most_shared:
+                key = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                device.check(what, driver.cuFuncSetAttribute(function, key, 100))
         starts_early = device.attribute(device_index, "COMPUTE_CAPABILITY_MAJOR") >= 9
         return Loaded(function, host, arch, limit, starts_early)
 

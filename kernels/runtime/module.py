@@ -84,11 +84,17 @@ class Module:
             made = self._specialised.setdefault(key, made)
         return made
 
-    def kernel(self, name: str, *, args: str, block: int | tuple[int, ...], smem: int = 0) -> Kernel:
-        """A launchable kernel. `args` has a letter an argument (docs/kernels.md); `smem` is dynamic, in bytes."""
+    def kernel(
+        self, name: str, *, args: str, block: int | tuple[int, ...], smem: int = 0, most_shared: bool = False
+    ) -> Kernel:
+        """A launchable kernel. `args` has a letter an argument (docs/kernels.md); `smem` is dynamic, in bytes.
+
+        `most_shared`: as much of a multiprocessor as possible is shared memory, whatever the kernel needs. Kernels
+        with different shares never run there at once, so a kernel launched early would wait for the one before it.
+        """
         if name not in self.kernels:
             raise ValueError(f"kernel={name!r} is not one of the kernels of {self.label}: {', '.join(self.kernels)}")
-        return Kernel(self, name, args, block, smem)
+        return Kernel(self, name, args, block, smem, most_shared)
 
     def compile(self, arch: str) -> CompiledInfo:
         """The CUBIN for an architecture ("sm_90a"), from the cache or from NVRTC. Needs no GPU."""

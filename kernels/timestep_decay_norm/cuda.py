@@ -8,7 +8,7 @@ from torch import Tensor
 from ..runtime import Module
 from ..types import NormState
 from . import ops
-from .plan import CLUSTER, plan
+from .plan import piece, plan
 
 
 def timestep_decay_norm(
@@ -43,5 +43,5 @@ def unsupported(
 
 def modules() -> list[Module]:
     """What the 7B shape needs, in bf16 and float32, for long sequences and for pieces of one."""
-    types = (torch.bfloat16, torch.float32)
-    return [plan(64, dtype, torch.float32, True, 64, cluster).module for cluster in (0, CLUSTER) for dtype in types]
+    shapes = [(64, dtype, torch.float32, True) for dtype in (torch.bfloat16, torch.float32)]
+    return [plan(*shape, 64).module for shape in shapes] + [piece(*shape).module for shape in shapes]

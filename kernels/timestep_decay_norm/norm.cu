@@ -25,7 +25,5 @@ extern "C" __global__ void __launch_bounds__(1024) prepare(const uint8_t* bos, i
 }
 
 extern "C" __global__ void __launch_bounds__(1024) parameters(const float* partial, P* dweight, P* dbias, int N, int D) {
-    wait_for_previous();
-    let_next_begin();
     sum_partials(partial, dweight, dbias, N, D);
 }

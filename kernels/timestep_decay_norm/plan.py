@@ -12,9 +12,10 @@ from ..runtime import Kernel, Module
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "float"}
 VECTORS_A_LANE = 16  # accesses of 16 bytes, in a step of a group
-CLUSTER = 8  # blocks: what every device with clusters takes
-CLUSTER_ROUNDS = 2  # of blocks that live at once: two rounds of clusters still beat a second kernel (four rows at 7B)
+PIECE_LENGTH, PIECE_THREADS, PIECE_BLOCKS = 512, 256, 2  # of piece.cuh: steps; threads a block, blocks a cluster
+PIECE_ROUNDS = 8  # blocks a multiprocessor: more rows hide the kernel that clears slots, and look back (16 rows at 7B)
 MODULE = Module(__file__, "norm.cu", kernels=("prepare", "forward", "backward", "parameters"))
+PIECE = Module(__file__, "piece.cu", kernels=("forward", "backward", "parameters"))
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,56 @@ def power_of_two(n: int) -> int:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """One specialisation for short sequences of few rows: a cluster of blocks holds a row's group, a lane a step."""
+
+    features: int
+    dtype: torch.dtype
+    parameters: torch.dtype
+    decayed: bool
+
+    @cached_property
+    def module(self) -> Module:
+        return PIECE.specialise(
+            DECAYED=self.decayed,
+            INPUT=TYPES[self.dtype],
+            PARAMETER=TYPES[self.parameters],
+            FEATURES=self.features,
+            LANES=self.lanes,
+            CLUSTER=PIECE_BLOCKS,
+        )
+
+    @property
+    def lanes(self) -> int:
+        """Lanes that hold a step of a group, and steps that a lane holds a part of."""
+        return self.features * self.dtype.itemsize // 16
+
+    @cached_property
+    def forward(self) -> Kernel:
+        return self._kernel("forward", "P" * 13 + "iii" + "f" * 7, 0)
+
+    @cached_property
+    def backward(self) -> Kernel:
+        return self._kernel("backward", "P" * 14 + "iii" + "f" * 6, self._rows)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that the backward takes: x and dy, and less than 20 KB for the rest."""
+        return self._rows + 20 * 1024
+
+    @property
+    def _rows(self) -> int:
+        return 2 * PIECE_THREADS * 16 * self.lanes
+
+    @cached_property
+    def parameter_sums(self) -> Kernel:
+        return self.module.kernel("parameters", args="PPPii", block=(32, 32), most_shared=True)
+
+    def _kernel(self, name: str, args: str, smem: int) -> Kernel:
+        return self.module.kernel(name, args=args, block=PIECE_THREADS, smem=smem, most_shared=True)
+
+
+@dataclass(frozen=True)
 class Plan:
     """One specialisation: a block holds `tile` steps of `block_groups` groups of `features` features."""
 
@@ -60,21 +111,21 @@ class Plan:
     parameters: torch.dtype
     decayed: bool
     groups: int
-    cluster: int = 0  # blocks that hold a whole chain of tiles; 0: any number of them, which look back
 
-    def suited(self, rows: int, length: int, device: torch.device) -> Plan:
-        """The plan for so many rows of `length` steps: clusters where few tiles hold a row and few blocks all rows.
+    def piece(self, rows: int, length: int, device: torch.device) -> Piece | None:
+        """What takes `rows` short sequences better than blocks that look back, or None."""
+        made, (multiprocessors, clusters, shared) = self._piece, limits(device)
+        if made is None or not clusters or not self.tile < length <= PIECE_LENGTH:
+            return None
+        if rows * self.groups * PIECE_BLOCKS > PIECE_ROUNDS * multiprocessors or made.shared > shared:
+            return None
+        return made
 
-        Clusters need no kernel before theirs and begin early: measured, that is worth more than what a second round
-        of blocks waits for eight free places at once. Many rows hide the kernel that clears slots: they look back.
-        """
-        if not self.tile < length <= CLUSTER * self.tile:
-            return self
-        multiprocessors, clusters = limits(device)
-        places = 768 // self.threads * multiprocessors if clusters else 0  # of blocks of the backward
-        if rows * self.strips * CLUSTER > CLUSTER_ROUNDS * places:
-            return self
-        return plan(self.features, self.dtype, self.parameters, self.decayed, self.groups, CLUSTER)
+    @cached_property
+    def _piece(self) -> Piece | None:
+        if self.features * self.dtype.itemsize not in (16, 32, 64, 128, 256):
+            return None
+        return piece(self.features, self.dtype, self.parameters, self.decayed)
 
     @cached_property
     def defines(self) -> dict[str, int | str]:
@@ -101,7 +152,6 @@ class Plan:
             "GROUPS": groups,
             "ROWS": rows,
             "THREADS": threads,
-            "CLUSTER": self.cluster,
         }
 
     @cached_property
@@ -142,7 +192,7 @@ class Plan:
 
     @cached_property
     def forward(self) -> Kernel:
-        return self.module.kernel("forward", args="P" * 14 + "iiii" + "f" * 7, block=self.threads, smem=self.tile_bytes)
+        return self.module.kernel("forward", args="P" * 13 + "iiii" + "f" * 7, block=self.threads, smem=self.tile_bytes)
 
     @cached_property
     def backward(self) -> Kernel:
@@ -156,18 +206,20 @@ class Plan:
 
 
 @lru_cache(maxsize=64)
-def plan(
-    features: int, dtype: torch.dtype, parameters: torch.dtype, decayed: bool, groups: int, cluster: int = 0
-) -> Plan:
+def plan(features: int, dtype: torch.dtype, parameters: torch.dtype, decayed: bool, groups: int) -> Plan:
     """The plan of a shape; equal shapes share one, and plans of equal defines share their module."""
-    return Plan(features, dtype, parameters, decayed, groups, cluster)
+    return Plan(features, dtype, parameters, decayed, groups)
+
+
+piece = lru_cache(maxsize=64)(Piece)
 
 
 @lru_cache(maxsize=64)
-def limits(device: torch.device) -> tuple[int, bool]:
-    """Multiprocessors, and whether they take clusters of blocks."""
+def limits(device: torch.device) -> tuple[int, bool, int]:
+    """Multiprocessors, whether they take clusters of blocks, and the most bytes of shared memory a block."""
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major >= 9
+    shared: int = getattr(properties, "shared_memory_per_block_optin")  # noqa: B009 (missing from torch's stubs)
+    return properties.multi_processor_count, properties.major >= 9, shared
 
 
 @lru_cache(maxsize=64)

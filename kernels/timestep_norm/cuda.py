@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ..runtime import Module
 from ..timestep_decay_norm import ops
-from ..timestep_decay_norm.plan import CLUSTER, plan
+from ..timestep_decay_norm.plan import piece, plan
 from ..types import NormState
+
+SPILL_BUDGET = 8  # bytes: a register of the piece kernel, which fills 128 for two blocks a multiprocessor
 
 
 def timestep_norm(
@@ -39,5 +41,5 @@ def unsupported(
 
 def modules() -> list[Module]:
     """What the 7B shape needs, in bf16 and float32, for long sequences and for pieces of one."""
-    types = (torch.bfloat16, torch.float32)
-    return [plan(64, dtype, torch.float32, False, 64, cluster).module for cluster in (0, CLUSTER) for dtype in types]
+    shapes = [(64, dtype, torch.float32, False) for dtype in (torch.bfloat16, torch.float32)]
+    return [plan(*shape, 64).module for shape in shapes] + [piece(*shape).module for shape in shapes]

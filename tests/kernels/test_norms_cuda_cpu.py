@@ -101,17 +101,24 @@ def test_time_norms_of_which_one_output_is_used(kind: str, used: str) -> None:
 
 @pytest.mark.parametrize("clusters", [True, False])
 def test_plans_suit_the_number_of_rows(monkeypatch: pytest.MonkeyPatch, clusters: bool) -> None:
-    """At the 7B shape: clusters for as many rows as two rounds of blocks hold, more rows look back."""
-    monkeypatch.setattr(time_plan, "limits", lambda _: (132, clusters))
-    made = time_plan.plan(64, torch.bfloat16, torch.float32, True, 64)
+    """At the 7B shape: a cluster a group for up to eight rows of a piece, more rows and longer ones look back."""
+    monkeypatch.setattr(time_plan, "limits", lambda _: (132, clusters, 227 * 1024))
     device = torch.device("cuda")
-    few = time_plan.CLUSTER if clusters else 0
-    assert [made.suited(rows, 512, device).cluster for rows in (1, 4, 6, 7, 8, 32)] == [few, few, few, 0, 0, 0]
-    assert [made.suited(4, length, device).cluster for length in (1, 64, 65, 512, 513)] == [0, 0, few, few, 0]
-    wide = time_plan.plan(64, torch.float32, torch.float32, True, 64)
-    assert [wide.suited(rows, 512, device).cluster for rows in (3, 4)] == [few, 0]
-    narrow = time_plan.plan(8, torch.float32, torch.float32, True, 64)
-    assert narrow.suited(8, 512, device).cluster == few
+
+    def taken(features: int, dtype: torch.dtype, rows: int, length: int) -> bool:
+        made = time_plan.plan(features, dtype, torch.float32, True, 64)
+        return made.piece(rows, length, device) is not None
+
+    few = [clusters] * 3
+    assert [taken(64, torch.bfloat16, rows, 512) for rows in (1, 4, 8, 9, 32)] == [*few, False, False]
+    assert [taken(64, torch.bfloat16, 4, length) for length in (65, 300, 512, 1, 64, 513)] == [*few, *[False] * 3]
+    for features, dtype in ((64, torch.float32), (8, torch.float32), (128, torch.bfloat16)):
+        assert taken(features, dtype, 3, 512) == clusters
+    for features, dtype in ((7, torch.float32), (100, torch.bfloat16), (512, torch.bfloat16), (2, torch.float32)):
+        assert not taken(features, dtype, 3, 512)
+    monkeypatch.setattr(time_plan, "limits", lambda _: (132, clusters, 99 * 1024))
+    assert taken(64, torch.bfloat16, 1, 512) == clusters
+    assert not taken(64, torch.float32, 1, 512)
 
 
 @pytest.mark.parametrize("kind", TWINS)
