@@ -17,16 +17,30 @@ _NAMES = [
 ]
 SCAN = {lanes: Module(__file__, "scan.cu", defines={"MODES": lanes}, kernels=_NAMES) for lanes in LANES}
 FILTER = Module(__file__, "filter.cu", kernels=("filter<false>", "filter<true>"))
+PIECE = Module(__file__, "piece.cu", kernels=("piece<false>", "piece<true>"))
 CORRELATE = Module(__file__, "correlate.cu", kernels=("correlate",))
-MODULES = (*SCAN.values(), FILTER, CORRELATE)
+MODULES = (*SCAN.values(), FILTER, PIECE, CORRELATE)
 
 # As in tiles.cuh.
 _CHANNELS, _TILE, _TILE_THREADS, _TILE_MODES = 16, 512, 512, 16
 _TILED_LENGTH = 128  # below, a tile of 512 steps is mostly padding
+_PIECE_CHANNELS, _PIECE_ROWS = 32, 3  # a block; piece.cu makes factors for every row, filter.cu once for many
 _FILTER_SHARED = 2 * 4 * _CHANNELS * 256 + 16 * _CHANNELS * 12 * 32 + 8 * _CHANNELS * 5 * _TILE_MODES + 64
 _FILTER = {
     reverse: FILTER.kernel(
         f"filter<{'true' if reverse else 'false'}>", args="PPPPPPPPiiii", block=_TILE_THREADS, smem=_FILTER_SHARED
+    )
+    for reverse in (False, True)
+}
+_PIECE_CHANNEL = 2 * 16 * 4 * 32 + 48 * _TILE_MODES + 4 * 24
+_PIECE_SHARED = (2 * 4 * 256 + -(-_PIECE_CHANNEL // 128) * 128) * _PIECE_CHANNELS + 64
+_PIECE = {
+    reverse: PIECE.kernel(
+        f"piece<{'true' if reverse else 'false'}>",
+        args="PPPPPPPPiii",
+        block=32 * _PIECE_CHANNELS,
+        smem=_PIECE_SHARED,
+        most_shared=True,
     )
     for reverse in (False, True)
 }
@@ -105,7 +119,9 @@ def filter_steps(
         width,
         modes,
     )
-    if _tiled(x, modes, _FILTER_SHARED):
+    if length <= _TILE and batch <= _PIECE_ROWS and x.numel() < 2**32 and _tiled(x, modes, _PIECE_SHARED):
+        _PIECE[reverse].launch(x.device.index, (-(-width // _PIECE_CHANNELS), batch), *values, early=True)
+    elif _tiled(x, modes, _FILTER_SHARED):
         _FILTER[reverse].launch(x.device.index, _tiled_grid(x), *values[:8], batch, *values[8:], early=True)
     else:
         _scan(f"scan_filter<{_TYPES[x.dtype]}, {'true' if reverse else 'false'}>", "PPPPPPPPiii", x, *values)

@@ -39,7 +39,10 @@ struct Pair {
     uint4 even, odd;
 };
 
-// Copy 8 bytes to shared memory; zeros when `inside` is false (the source is then not read).
+// Copy 4 or 8 bytes to shared memory; zeros when `inside` is false (the source is then not read).
+DEVICE void copy_async_4(uint32_t to, const void* from, bool inside) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(inside ? 4 : 0) : "memory");
+}
 DEVICE void copy_async_8(uint32_t to, const void* from, bool inside) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(inside ? 8 : 0) : "memory");
 }

@@ -183,6 +183,21 @@ DEVICE void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t address) {
                  : "memory");
 }
 
+// The inverse of load_matrix_x4: lane l gives the address of row l % 8 of matrix l / 8.
+DEVICE void store_matrix_x4(uint32_t address, const uint32_t (&r)[4]) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+#else
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t row = __shfl_sync(0xffffffffu, address, i * 8 + threadIdx.x % 32 / 4);
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(row + threadIdx.x % 4 * 4), "r"(r[i]) : "memory");
+    }
+#endif
+}
+
 // c (16 x 8) += a (16 x 16) b (16 x 8). a: (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..), pairs along k;
 // b: (2t.., g), (2t + 8.., g).
 DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -190,6 +205,14 @@ DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
                  "{%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c (16 x 8) += a (16 x 8) b (8 x 8): the first half of the k above.
+DEVICE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(b));
 }
 
 // c (16 x 8) += a (16 x 8) b (8 x 8). a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); b: (t, g), (t + 4, g).

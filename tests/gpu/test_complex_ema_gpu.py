@@ -1,5 +1,6 @@
 """The moving average's kernels against the float64 recurrence: values, gradients, and how they are launched."""
 
+import itertools
 import math
 import threading
 
@@ -112,6 +113,32 @@ def test_any_width_and_modes(width: int, modes: int, dtype: torch.dtype) -> None
     check(leaves, None, final=True, **limits)
 
 
+WHERE = [
+    (), (0,), (-1,), (0, -1), (15, 16, 17), (31, 32), (100, 101, 127), (112, 288), (496, 504), tuple(range(5, 512, 37))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [40, 4104])
+@pytest.mark.parametrize("length", [128, 129, 300, 511, 512])
+@pytest.mark.parametrize("where", WHERE)
+def test_one_tile(where: tuple[int, ...], length: int, width: int) -> None:
+    """The kernel of pieces, whose blocks take one row: widths that do not fill the last block, chunks of 16 steps."""
+    for modes, carried in ((16, True), (5, False)) if width == 40 else ((16, True),):
+        leaves = inputs(1, length, width, modes, torch.bfloat16)
+        bos = boundaries(1, length, tuple(t for t in where if t < length))
+        check(leaves if carried else leaves[:4], bos, final=True, **BF16)
+
+
+@pytest.mark.parametrize("length", [300, 512])
+def test_rows_of_one_tile(length: int) -> None:
+    """As many rows as the kernel of pieces takes, and one more, which that of whole sequences takes."""
+    from gecko_lab.kernels.complex_ema import launches
+
+    for batch in (launches._PIECE_ROWS, launches._PIECE_ROWS + 1):
+        bos = torch.rand(batch, length, generator=torch.Generator().manual_seed(batch)) < 1 / 100
+        check(inputs(batch, length, 72, 16, torch.bfloat16), bos.cuda(), final=True, **BF16)
+
+
 @pytest.mark.parametrize("length", [512, 600])
 def test_a_block_filters_many_rows(length: int) -> None:
     """More rows than blocks: what a block makes of the parameters serves several rows, and states must not leak."""
@@ -156,7 +183,7 @@ def test_real_average(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cuts", [(1, 2, 3), (512,), (512, 1024), (100, 700, 1300)])
+@pytest.mark.parametrize("cuts", [(1, 2, 3), (512,), (512, 1024), (100, 700, 1300), (512, 1023, 1323)])
 def test_pieces_with_a_carried_state_equal_the_whole(cuts: tuple[int, ...], dtype: torch.dtype) -> None:
     x, p, q, gamma, state = (t.detach() for t in inputs(2, 1500, 64, 16, dtype))
     bos = boundaries(2, 1500, (3, 800))
@@ -265,11 +292,11 @@ def test_operators_match_the_plain_steps() -> None:
     """The parts that the gradients are made of, one by one, so that a fault names its kernel."""
     from gecko_lab.kernels.complex_ema import launches
 
-    for dtype in (torch.float32, torch.bfloat16):
-        x, p, q, gamma, state = (t.detach() for t in inputs(2, 1100, 48, 16, dtype))
+    for dtype, length in itertools.product((torch.float32, torch.bfloat16), (1100, 512, 300)):
+        x, p, q, gamma, state = (t.detach() for t in inputs(2, length, 48, 16, dtype))
         wide = [exact(t).detach() for t in (x, p, q, gamma, state)]
         dy, dlast = torch.randn_like(x), torch.randn_like(state)
-        for bos in (None, boundaries(2, 1100, (0, 40, 41, 600))):
+        for bos in (None, boundaries(2, length, (0, 40, 41, 600))):
             for reverse in (False, True):
                 ours = launches.filter_steps(x, p, q, gamma, bos, state, reverse=reverse)
                 theirs = steps.filter_steps(*wide[:4], bos, wide[4], reverse=reverse)
