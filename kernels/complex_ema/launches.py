@@ -19,12 +19,15 @@ SCAN = {lanes: Module(__file__, "scan.cu", defines={"MODES": lanes}, kernels=_NA
 FILTER = Module(__file__, "filter.cu", kernels=("filter<false>", "filter<true>"))
 PIECE = Module(__file__, "piece.cu", kernels=("piece<false>", "piece<true>"))
 CORRELATE = Module(__file__, "correlate.cu", kernels=("correlate",))
-MODULES = (*SCAN.values(), FILTER, PIECE, CORRELATE)
+PIECE_CORRELATE = Module(__file__, "piece_correlate.cu", kernels=("piece_correlate",))
+MODULES = (*SCAN.values(), FILTER, PIECE, CORRELATE, PIECE_CORRELATE)
 
 # As in tiles.cuh.
 _CHANNELS, _TILE, _TILE_THREADS, _TILE_MODES = 16, 512, 512, 16
 _TILED_LENGTH = 128  # below, a tile of 512 steps is mostly padding
-_PIECE_CHANNELS, _PIECE_ROWS = 32, 3  # a block; piece.cu makes factors for every row, filter.cu once for many
+_PIECE_CHANNELS = 32  # a block
+# Rows up to which the kernels of one tile, which make their factors for every row, beat those that make them once.
+_PIECE_ROWS, _PIECE_GRADIENT_ROWS = 3, 1
 _FILTER_SHARED = 2 * 4 * _CHANNELS * 256 + 16 * _CHANNELS * 12 * 32 + 8 * _CHANNELS * 5 * _TILE_MODES + 64
 _FILTER = {
     reverse: FILTER.kernel(
@@ -46,6 +49,14 @@ _PIECE = {
 }
 _CORRELATE_SHARED = 4 * 4 * _CHANNELS * 256 + 16 * _CHANNELS * 16 * 32 + 8 * _CHANNELS * 15 * _TILE_MODES + 64
 _CORRELATE = CORRELATE.kernel("correlate", args="PPPPPPPPPPPiiii", block=_TILE_THREADS, smem=_CORRELATE_SHARED)
+_PIECE_CORRELATE_SHARED = 2 * 1024 * 32 + (4 * (260 + 324) + 172 * _TILE_MODES) * _PIECE_CHANNELS + 64
+_PIECE_CORRELATE = PIECE_CORRELATE.kernel(
+    "piece_correlate",
+    args="PPPPPPPPPPPiii",
+    block=32 * _PIECE_CHANNELS,
+    smem=_PIECE_CORRELATE_SHARED,
+    most_shared=True,
+)
 
 
 @cache
@@ -147,13 +158,18 @@ def parameter_gradients(
     """
     batch, length, width = x.shape
     modes = q.shape[1]
-    tiled = _tiled(x, modes, _CORRELATE_SHARED) and dy.data_ptr() % 16 == 0
-    grid = _tiled_grid(x) if tiled else (0, batch)
+    aligned = dy.data_ptr() % 16 == 0
+    piece = length <= _TILE and batch <= _PIECE_GRADIENT_ROWS and x.numel() < 2**32 and aligned
+    piece = piece and _tiled(x, modes, _PIECE_CORRELATE_SHARED)
+    tiled = not piece and aligned and _tiled(x, modes, _CORRELATE_SHARED)
+    grid = _tiled_grid(x) if tiled else (-(-width // _PIECE_CHANNELS), batch)
     # A block sums over its rows, and one block a stretch of channels often takes all of them.
     dp = torch.empty((grid[1], width, modes), dtype=torch.float32, device=x.device)
     dq, dgamma = (torch.empty(dp.shape, dtype=torch.complex64, device=x.device) for _ in range(2))
     pointers = tuple(_pointer(t) for t in (x, dy, bos, p, q, gamma, first, dlast, dp, dq, dgamma))
-    if tiled:
+    if piece:
+        _PIECE_CORRELATE.launch(x.device.index, grid, *pointers, length, width, modes, early=after_filter)
+    elif tiled:
         _CORRELATE.launch(x.device.index, grid, *pointers, batch, length, width, modes, early=after_filter)
     else:
         _scan(f"scan_correlate<{_TYPES[x.dtype]}>", "PPPPPPPPPPPiii", x, *pointers, length, width, modes)

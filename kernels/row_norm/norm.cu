@@ -208,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
             __syncthreads();
-            store(exchange + threadIdx.x * VECTOR, gradient[s][v]);
+            write(exchange + threadIdx.x * VECTOR, gradient[s][v]);
             __syncthreads();
             for (int at = threadIdx.x; at < SLOTS * VECTOR; at += THREADS) {
                 const int slot = at / VECTOR, group = blockIdx.x % strips * GROUPS + slot / LANES;

@@ -188,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                     dweight[i] = fmaf(g, (value - mean) * rs, dweight[i]);
                     dbias[i] += g;
                 }
-                write(dx_all + base + int64_t(step) * groups * K + mine.column(v), dx);
+                write_global(dx_all + base + int64_t(step) * groups * K + mine.column(v), dx);
             }
         }
         __syncthreads();

@@ -145,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
             float y[VECTOR];
 #pragma unroll
             for (int i = 0; i < VECTOR; ++i) y[i] = fmaf((x[i] - mean) * scale, w[i], b[i]);
-            write(y_all + base + int64_t(step) * width + mine.column(v), y);
+            write_global(y_all + base + int64_t(step) * width + mine.column(v), y);
         }
     }
 }

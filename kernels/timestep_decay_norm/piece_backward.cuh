@@ -144,7 +144,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS)
         float dx[VECTOR];
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) dx[i] = fmaf(dy[i] * gain[i], rs, fmaf(by, x[i] - middle, up));
-        write(dx_all + own - r * width, dx);
+        write_global(dx_all + own - r * width, dx);
     }
 
     if (rank > 0 || threadIdx.x >= 2 * K) return;

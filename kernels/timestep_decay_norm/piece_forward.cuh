@@ -114,7 +114,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS)
             const float z = sizeof(X) == 2 ? fmaf(x[r][i], s, -c * s) : (x[r][i] - c) * s;
             y[i] = fmaf(z, w[i], b[i]);
         }
-        write(y_all + own + r * width, y);
+        write_global(y_all + own + r * width, y);
     }
 #endif
 }

@@ -30,27 +30,36 @@ template <class T, int W> struct Vector {
     }
 };
 
-// To global memory, 16 bytes at once where W allows. By name, because NVRTC splits such a store into four in these kernels.
-DEVICE void write_16(void* to, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
-}
 template <int W> DEVICE void write(float* to, const float (&from)[W]) {
-    if constexpr (W == 4)
-        write_16(to, __float_as_uint(from[0]), __float_as_uint(from[1]), __float_as_uint(from[2]),
-                 __float_as_uint(from[3]));
-    else if constexpr (W == 2)
+    if constexpr (W == 2)
         *reinterpret_cast<float2*>(to) = make_float2(from[0], from[1]);
     else
         store(to, from);
 }
 template <int W> DEVICE void write(bf16* to, const float (&from)[W]) {
-    if constexpr (W == 8)
-        write_16(to, pack_bf16(from[0], from[1]), pack_bf16(from[2], from[3]), pack_bf16(from[4], from[5]),
-                 pack_bf16(from[6], from[7]));
-    else if constexpr (W == 4)
+    if constexpr (W == 4)
         *reinterpret_cast<uint2*>(to) = make_uint2(pack_bf16(from[0], from[1]), pack_bf16(from[2], from[3]));
     else
         store(to, from);
+}
+
+// The same to global memory, 16 bytes at once by name: NVRTC splits such a store of the time-step norms into four.
+DEVICE void write_16(void* to, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
+template <int W> DEVICE void write_global(float* to, const float (&from)[W]) {
+    if constexpr (W == 4)
+        write_16(to, __float_as_uint(from[0]), __float_as_uint(from[1]), __float_as_uint(from[2]),
+                 __float_as_uint(from[3]));
+    else
+        write(to, from);
+}
+template <int W> DEVICE void write_global(bf16* to, const float (&from)[W]) {
+    if constexpr (W == 8)
+        write_16(to, pack_bf16(from[0], from[1]), pack_bf16(from[2], from[3]), pack_bf16(from[4], from[5]),
+                 pack_bf16(from[6], from[7]));
+    else
+        write(to, from);
 }
 
 // The sums over N rows of partial (N, 2, D), rounded to the parameters' type: a fixed order, so equal runs give equal

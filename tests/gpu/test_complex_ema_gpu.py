@@ -139,6 +139,20 @@ def test_rows_of_one_tile(length: int) -> None:
         check(inputs(batch, length, 72, 16, torch.bfloat16), bos.cuda(), final=True, **BF16)
 
 
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("where", [(), (0,), (255,)])
+def test_gradients_of_one_tile(where: tuple[int, ...], carried: bool, final: bool) -> None:
+    """Parameter gradients are polynomials in q divided by q: |q| down to 0 and up to 1, with and without states."""
+    for batch, slow in ((1, False), (1, True), (2, False), (2, True)):  # one row has a kernel of its own
+        leaves = inputs(batch, 512, 40, 16, torch.bfloat16, slow=slow)
+        if not slow:
+            with torch.no_grad():
+                leaves[2].mul_(torch.logspace(0, -40, 40, device="cuda")[:, None])
+                leaves[2][-1] = 0
+        check(leaves if carried else leaves[:4], boundaries(batch, 512, where), final=final, **BF16)
+
+
 @pytest.mark.parametrize("length", [512, 600])
 def test_a_block_filters_many_rows(length: int) -> None:
     """More rows than blocks: what a block makes of the parameters serves several rows, and states must not leak."""
