@@ -16,8 +16,6 @@ constexpr int TILES = COLS / 8;
 constexpr int NEXT = BACKWARD ? 1 : 8;  // between a lane's rows: neighbours where the matrix is read by columns
 constexpr int PITCH = COLS + 2;  // 4 * PITCH % 32 == 8: the four lanes t and eight lanes g meet 32 banks
 
-DEVICE void prefetch(const float* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-
 // `add`: target forward, tables backward.
 extern "C" __global__ void __launch_bounds__(ROWS)
     chain(const float* __restrict__ matrix, const float* __restrict__ rho, const float* __restrict__ keep,

@@ -3,7 +3,7 @@
 //   state leaving the chunk   q^32 a + x W      outputs of the chunk   x + x K + a C
 // A state is h before its decay (forward: given as h0, returned as h) or after it (backward in time: given as dh,
 // returned as dh0), which moves the exponents by one.
-#include "filter.cuh"
+#include "tiles.cuh"
 
 struct Shared {
     uint4 staged[2 * THREADS];                   // the next tile on its way
@@ -168,6 +168,12 @@ DEVICE void filter_tile(uint32_t* x, int warp, const uint4 (&input)[2][4], const
         }
     }
     __syncwarp();
+}
+
+// Lane n of a warp starts to copy the state of mode n before a batch row, zero where there is none.
+DEVICE void fetch_states(float2 (&to)[MODES], const float2* from, bool there, const void* anywhere) {
+    const int lane = threadIdx.x % 32;
+    if (lane < MODES) copy_async_8(shared_address(&to[lane]), there ? from + lane : anywhere, there);
 }
 
 // x, y (B, L, D); bos (B, L) or null; p, q, gamma (D, modes); first (or null) and last (B, D, modes).

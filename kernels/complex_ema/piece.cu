@@ -2,7 +2,6 @@
 // only, so the time goes to making factors, to shared memory and to waiting. Hence chunks of 16 steps, with half the
 // factors of chunks of 32, and all channels of 4096 at once. Lane (g, t) holds chunks 4 g .. 4 g + 3:
 //   row g of product m: chunk 4 g + 2 m;  row 8 + g: chunk 4 g + 2 m + 1
-#include "filter.cuh"
 #include "piece_factors.cuh"
 
 // A warp a channel; 64 bytes of a step, because a line that is touched takes a cycle, however little of it is asked for.
@@ -135,8 +134,6 @@ DEVICE void filter_piece(uint32_t* x, int warp, Channel& channel, bool carried, 
     }
     __syncwarp();
 }
-
-DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 // x, y (B, L, D), L <= TILE; bos (B, L) or null; p, q, gamma (D, modes); first (or null) and last (B, D, modes).
 // Fewer than 2^32 values each.

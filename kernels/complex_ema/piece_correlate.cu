@@ -70,8 +70,6 @@ DEVICE void add_lags(float (&r)[4][4], const uint32_t* ahead, uint32_t zero, uin
     }
 }
 
-DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-
 // As correlate, a block a batch row and 32 channels; L <= TILE, fewer than 2^32 values each.
 extern "C" __global__ void __launch_bounds__(MOVERS, 1)
     piece_correlate(const bf16* x, const bf16* dy, const uint8_t* bos, const float* p, const float2* q,

@@ -78,15 +78,9 @@ DEVICE void put_taps(Channel& channel, const Run& run, float share) {
 
 // q^16, q^64, q^128 and q^256, in double precision as in make_decays.
 DEVICE void put_decays(Channel& channel, float2 q) {
-    double re = q.x, im = q.y;
-    auto squared = [&](int times) {
-        for (int i = 0; i < times; ++i) {
-            const double next = re * re - im * im;
-            im = 2 * re * im, re = next;
-        }
-        return make_float2(float(re), float(im));
-    };
-    const float2 one = squared(4), four = squared(2), eight = squared(1), sixteen = squared(1);
+    LargePower power = {q.x, q.y};
+    const float2 one = power.squared(4), four = power.squared(2);
+    const float2 eight = power.squared(1), sixteen = power.squared(1);
     const int n = threadIdx.x % 32;
     if (n >= MODES) return;
     channel.modes[n].decays[0] = make_float4(one.x, one.y, four.x, four.y);

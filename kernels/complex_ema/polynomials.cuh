@@ -15,15 +15,9 @@ struct Channel {
 // Powers of q, for large exponents in double precision.
 DEVICE void make_powers(Channel& channel, float2 q) {
     const int n = threadIdx.x % 32;
-    double re = q.x, im = q.y;
-    auto squared = [&](int times) {
-        for (int i = 0; i < times; ++i) {
-            const double next = re * re - im * im;
-            im = 2 * re * im, re = next;
-        }
-        return make_float2(float(re), float(im));
-    };
-    const float2 eight = squared(3), z = squared(1), z2 = squared(1), z4 = squared(1), z8 = squared(1), z16 = squared(1);
+    LargePower large = {q.x, q.y};
+    const float2 eight = large.squared(3), z = large.squared(1), z2 = large.squared(1), z4 = large.squared(1);
+    const float2 z8 = large.squared(1), z16 = large.squared(1);
     if (n >= MODES) return;
     const float2 z6 = times(z2, z4), z24 = times(z8, z16);
     channel.eight[n] = eight;

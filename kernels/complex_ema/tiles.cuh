@@ -14,19 +14,6 @@ constexpr int WORDS = TILE / 2;  // two steps in a 32-bit word
 constexpr int MODES = 16;
 static_assert(THREADS == TILE, "a thread loads the document flag of one step");
 
-// Programmatic dependent launch. A kernel launched early may begin before the one before it has ended, once all blocks
-// of that one let it: it waits before it touches what that one writes. On older GPUs no kernel is launched early.
-DEVICE void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-DEVICE void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 // Where a word (steps 2 word, 2 word + 1 of the tile) of a channel stands: 16-byte units are permuted so that reads
 // along chunks and writes along time both touch every bank once.
 DEVICE int place(int channel, int word) {
@@ -134,6 +121,19 @@ DEVICE uint32_t within(int first, int second, int begin, int end) {
     return (first >= begin && first < end ? 0xffffu : 0u) | (second >= begin && second < end ? 0xffff0000u : 0u);
 }
 
+// The state after the first `count` steps of a chunk, step by step: lane n keeps mode n and, of x, steps 2 n and 2 n + 1.
+template <bool REVERSE>
+DEVICE float2 state_after(uint32_t x, uint32_t drops, float2 state, float2 q, float2 input, int count) {
+    for (int step = 0; step < count; ++step) {
+        const uint32_t word = __shfl_sync(ALL, x, step / 2);
+        const float value = step % 2 ? high_bf16(word) : low_bf16(word);
+        if (drops >> step & 1) state = make_float2(0.f, 0.f);
+        const float2 added = make_float2(input.x * value, input.y * value);
+        state = REVERSE ? times(q, make_float2(state.x + added.x, state.y + added.y)) : times_plus(q, state, added);
+    }
+    return state;
+}
+
 // ---- factors of the products ----
 
 // q^1, q^2, ..., q^16
@@ -166,6 +166,19 @@ DEVICE void product(float (&c)[4], const uint32_t (&a)[4], uint4 b) {
     mma_bf16(c, a, b.x, b.y);
     mma_bf16(c, a, b.z, b.w);
 }
+
+// A power of q that goes on from square to square, in double precision: errors of large powers add up over the whole
+// memory of a slow mode.
+struct LargePower {
+    double re, im;
+    DEVICE float2 squared(int times) {
+        for (int i = 0; i < times; ++i) {
+            const double next = re * re - im * im;
+            im = 2 * re * im, re = next;
+        }
+        return make_float2(float(re), float(im));
+    }
+};
 
 // Over how many steps a state is carried at once: 32, 64, 128 and 256. These powers are made in double precision,
 // because their errors add up over the whole memory of a slow mode.

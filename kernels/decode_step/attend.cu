@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(THREADS)
     float* const weights = dynamic + 3 * width;
     const int h = blockIdx.y, heads = gridDim.y, b = blockIdx.z, cell = b * heads + h;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    chain_next();
+    let_next_begin();
     const int64_t position = *clock;
     const int64_t line = int64_t(heads) * width, row = int64_t(heads) * columns;  // from a key, a value to the next
     const int64_t oldest = position / chunk >= window ? (position / chunk - window + 1) * chunk : 0;
@@ -77,11 +77,11 @@ __global__ void __launch_bounds__(THREADS)
         for (int i = threadIdx.x; i < min(part.count, AHEAD) * (lines + key_lines); i += THREADS) {
             const int64_t slot = int64_t(b) * slots + (part.begin + i / (lines + key_lines)) % slots;
             const int n = i % (lines + key_lines), piece = 128 / sizeof(T);
-            if (n < lines) fetch(values + slot * row + h * columns + n * piece);
-            else fetch(keys + slot * line + h * width + (n - lines) * piece);
+            if (n < lines) prefetch(values + slot * row + h * columns + n * piece);
+            else prefetch(keys + slot * line + h * width + (n - lines) * piece);
         }
     }
-    chain_wait();
+    wait_for_previous();
     float square = 0.f;
     for (int s = threadIdx.x; s < width; s += THREADS) {
         const float x = to_float(z[int64_t(cell) * width + s]);
@@ -212,8 +212,8 @@ __global__ void __launch_bounds__(128)
     __shared__ float weights[64], sums[4][32 * FW];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t cell = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
-    chain_next();
-    chain_wait();
+    let_next_begin();
+    wait_for_previous();
     if (warp == 0) {
         float2 share[2];
 #pragma unroll

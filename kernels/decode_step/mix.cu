@@ -7,8 +7,8 @@ __global__ void __launch_bounds__(THREADS)
     begin(const int64_t* tokens, const T* embedding, T* x, const int64_t* clock, int* fresh, int64_t* segment,
           int64_t* length, int64_t* start, int64_t* counts, int64_t* ids, const double* turns, float* cosine, float* sine,
           float scale, int dim, int vocabulary, int64_t bos, int norms, int pairs, int slots) {
-    chain_next();
-    chain_wait();
+    let_next_begin();
+    wait_for_previous();
     const int row = blockIdx.y, batch = gridDim.y;
     const int64_t token = tokens[row], position = *clock;
     if (token < 0 || token >= vocabulary) __trap();  // as an embedding of torch does on a GPU
@@ -48,18 +48,18 @@ __global__ void __launch_bounds__(THREADS)
         double log1, double log2, float eps) {
     constexpr int EACH = (FEATURES + 63) / 64, OWN = (MODES + 3) / 4;
     __shared__ float scratch[WARPS];
-    chain_next();
+    let_next_begin();
     const int group = blockIdx.x, row = blockIdx.y, quad = threadIdx.x / 4, lane = threadIdx.x % 4;
     const int64_t dim = int64_t(gridDim.x) * FEATURES, cell = int64_t(row) * gridDim.x + group;
     if constexpr (MODES > 0) {
         for (int i = threadIdx.x * (128 / sizeof(Mode)); i < FEATURES * MODES; i += THREADS * (128 / sizeof(Mode))) {
-            fetch(h + (row * dim + group * FEATURES) * MODES + i);
-            fetch(q + int64_t(group) * FEATURES * MODES + i);
-            fetch(gamma + int64_t(group) * FEATURES * MODES + i);
-            fetch(p + int64_t(group) * FEATURES * MODES + i);
+            prefetch(h + (row * dim + group * FEATURES) * MODES + i);
+            prefetch(q + int64_t(group) * FEATURES * MODES + i);
+            prefetch(gamma + int64_t(group) * FEATURES * MODES + i);
+            prefetch(p + int64_t(group) * FEATURES * MODES + i);
         }
     }
-    chain_wait();
+    wait_for_previous();
     const bool first = fresh[row];
     float values[EACH], sum = 0.f;
 #pragma unroll

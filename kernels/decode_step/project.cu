@@ -255,7 +255,7 @@ struct Group {
 
 struct Ready {
     DEVICE Plain operator()() const {
-        chain_wait();
+        wait_for_previous();
         return {};
     }
 };
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(THREADS)
                const float* bh, T* ring, T* z, T* r, T* h, const int64_t* clock, float eps, int batch, int dim,
                int values, int keys, int groups, int slots, int of_v) {
     __shared__ Shared s;
-    chain_next();
+    let_next_begin();
     Group at(batch);
     const int64_t begin = int64_t(at.token) * dim;
     if (blockIdx.x < of_v) {
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(THREADS)
                         : tile < rs ? Tile(wr, (tile - zs) * ROWS, values, dim) : Tile(wh, (tile - rs) * ROWS, dim, dim);
              },
              [&] {
-                 chain_wait();
+                 wait_for_previous();
                  return rms(s, squares + at.token * groups, groups, at.tokens, dim, scale, shift, eps);
              },
              [&](int tile, int high) {
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(THREADS)
 __global__ void __launch_bounds__(THREADS)
     project_out(const T* u, const T* w, const T* h, const T* x, T* y, float2* moments, int batch, int dim, int values) {
     __shared__ Shared s;
-    chain_next();
+    let_next_begin();
     Group at(batch);
     products(s, blockIdx.x, gridDim.x, tiles(dim), u + int64_t(at.token) * values, at.tokens, values,
              [&](int tile) { return Tile(w, tile * ROWS, dim, values); }, Ready(), [&](int tile, int high) {
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(THREADS)
           const float* bias, T* f, float eps, int centred, int batch, int dim, int width) {
     constexpr int STEP = GATED ? ROWS / 2 : ROWS;
     __shared__ Shared s;
-    chain_next();
+    let_next_begin();
     Group at(batch);
     products(s, blockIdx.x, gridDim.x, (width + STEP - 1) / STEP, y + int64_t(at.token) * dim, at.tokens, dim,
              [&](int tile) {
@@ -351,7 +351,7 @@ __global__ void __launch_bounds__(THREADS)
                  else return Tile(w1, tile * STEP, width, dim);
              },
              [&] {
-                 chain_wait();
+                 wait_for_previous();
                  return layer(s, moments + int64_t(at.token) * tiles(dim), at.tokens, dim, centred, scale, shift, eps);
              },
              [&](int tile, int high) {
@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(THREADS)
     narrow(const T* f, const T* w, const float* bias, const float* alpha, const T* base, T* x, int batch, int dim,
            int width) {
     __shared__ Shared s;
-    chain_next();
+    let_next_begin();
     Group at(batch);
     products(s, blockIdx.x, gridDim.x, tiles(dim), f + int64_t(at.token) * width, at.tokens, width,
              [&](int tile) { return Tile(w, tile * ROWS, dim, width); }, Ready(), [&](int tile, int high) {
@@ -389,7 +389,7 @@ __global__ void __launch_bounds__(THREADS)
 __global__ void __launch_bounds__(THREADS)
     head(const T* x, const T* w, float* logits, int64_t* clock, int batch, int dim, int vocabulary) {
     __shared__ Shared s;
-    chain_next();
+    let_next_begin();
     Group at(batch);
     products(s, blockIdx.x, gridDim.x, tiles(vocabulary), x + int64_t(at.token) * dim, at.tokens, dim,
              [&](int tile) { return Tile(w, tile * ROWS, vocabulary, dim); }, Ready(), [&](int tile, int high) {

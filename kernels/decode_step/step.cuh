@@ -7,22 +7,10 @@ using T = ELEMENT;
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 
 // A step is a chain of launches. Each lets the next begin at once, and reads what the chain has written only after
-// chain_wait(): until then it may touch what earlier steps left (weights, buffered keys and values, states).
-DEVICE void chain_next() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-DEVICE void chain_wait() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
+// wait_for_previous(): until then it may touch what earlier steps left (weights, buffered keys and values, states).
 
 DEVICE float rounded(float x) { return to_float(from_float<T>(x)); }
 DEVICE float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
-
-template <class X> DEVICE void fetch(const X* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // The largest over the block, in every thread.
 DEVICE float block_max(float x, float* scratch) {

@@ -233,3 +233,21 @@ DEVICE uint32_t load_acquire(const uint32_t* p) {
 DEVICE void store_release(uint32_t* p, uint32_t value) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
+
+// ---- beside other kernels ----
+
+// Programmatic dependent launch. A kernel launched early may begin before the one before it has ended, once all blocks
+// of that one let it: it waits before it reads what that one writes or writes what that one reads. A kernel that waits
+// first and then lets the next begin has at most that one beside it. On older GPUs no kernel is launched early.
+DEVICE void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Ask the L2 cache for a line. It holds no old copy of what another block writes, so this may come before the wait.
+DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }

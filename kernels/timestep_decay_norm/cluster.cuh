@@ -1,4 +1,4 @@
-// Blocks of a thread block cluster (sm_90 and newer) that write to each other's shared memory, and early launches.
+// Blocks of a thread block cluster (sm_90 and newer) that write to each other's shared memory.
 #pragma once
 #include "scan.cuh"
 
@@ -18,23 +18,23 @@ DEVICE void await_bytes(const uint64_t* barrier) {
                  "@done bra DONE;\nbra AGAIN;\nDONE:\n}" ::"r"(shared_address(barrier))
                  : "memory");
 }
-// To the same place in the shared memory of a block of the cluster, where its barrier counts it.
+DEVICE uint32_t in_block(int block, const void* own) {  // the same place in the shared memory of a block of the cluster
+    uint32_t place;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(place) : "r"(shared_address(own)), "r"(block));
+    return place;
+}
+// To the same place in a block, whose barrier counts it.
 DEVICE void send_run(const Run* own_place, const uint64_t* own_barrier, int block, const Run& run) {
-    uint32_t place, barrier;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(place) : "r"(shared_address(own_place)), "r"(block));
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(shared_address(own_barrier)), "r"(block));
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                     place),
+                     in_block(block, own_place)),
                  "r"(__float_as_uint(run.p)), "r"(__float_as_uint(run.q)), "r"(__float_as_uint(run.a)),
-                 "r"(__float_as_uint(run.b)), "r"(barrier)
+                 "r"(__float_as_uint(run.b)), "r"(in_block(block, own_barrier))
                  : "memory");
 }
 DEVICE void send_float(const float* own_place, const uint64_t* own_barrier, int block, float value) {
-    uint32_t place, barrier;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(place) : "r"(shared_address(own_place)), "r"(block));
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(shared_address(own_barrier)), "r"(block));
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(place),
-                 "r"(__float_as_uint(value)), "r"(barrier)
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+                     in_block(block, own_place)),
+                 "r"(__float_as_uint(value)), "r"(in_block(block, own_barrier))
                  : "memory");
 }
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
@@ -46,17 +46,3 @@ DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "m
 #else
 #define CLUSTERED
 #endif
-
-// Programmatic dependent launch. A kernel that waits first and then lets the next begin has at most that one beside it;
-// until the wait is over it may only set itself up and ask the L2 cache for what it will read.
-DEVICE void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-DEVICE void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }

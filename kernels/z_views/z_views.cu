@@ -45,7 +45,7 @@ template <class X> DEVICE void load_row(const X* from, int lane, bool inside, fl
 template <class X> DEVICE void fetch_row(const X* from, int lane) {
 #pragma unroll
     for (int v = 0; v < V; ++v)
-        if (owns(lane, v)) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + feature(lane, v)));
+        if (owns(lane, v)) prefetch(from + feature(lane, v));
 }
 
 template <class X> DEVICE void store_row(X* to, int lane, bool inside, const float (&from)[V][W]) {
