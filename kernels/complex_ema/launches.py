@@ -88,6 +88,12 @@ def _tiled(x: Tensor, modes: int, shared: int) -> bool:
     )
 
 
+def _one_tile(x: Tensor, modes: int, shared: int, rows: int) -> bool:
+    """Whether a kernel of one tile takes x (B, L, D): it serves few rows, and counts in 32 bits."""
+    batch, length, _ = x.shape
+    return length <= _TILE and batch <= rows and x.numel() < 2**32 and _tiled(x, modes, shared)
+
+
 @lru_cache(maxsize=4096)
 def _row_blocks(batch: int, tiles: int, strips: int, processors: int) -> int:
     """How many blocks share the rows of `strips` stretches of channels, one block a multiprocessor at a time.
@@ -130,7 +136,7 @@ def filter_steps(
         width,
         modes,
     )
-    if length <= _TILE and batch <= _PIECE_ROWS and x.numel() < 2**32 and _tiled(x, modes, _PIECE_SHARED):
+    if _one_tile(x, modes, _PIECE_SHARED, _PIECE_ROWS):
         _PIECE[reverse].launch(x.device.index, (-(-width // _PIECE_CHANNELS), batch), *values, early=True)
     elif _tiled(x, modes, _FILTER_SHARED):
         _FILTER[reverse].launch(x.device.index, _tiled_grid(x), *values[:8], batch, *values[8:], early=True)
@@ -159,8 +165,7 @@ def parameter_gradients(
     batch, length, width = x.shape
     modes = q.shape[1]
     aligned = dy.data_ptr() % 16 == 0
-    piece = length <= _TILE and batch <= _PIECE_GRADIENT_ROWS and x.numel() < 2**32 and aligned
-    piece = piece and _tiled(x, modes, _PIECE_CORRELATE_SHARED)
+    piece = aligned and _one_tile(x, modes, _PIECE_CORRELATE_SHARED, _PIECE_GRADIENT_ROWS)
     tiled = not piece and aligned and _tiled(x, modes, _CORRELATE_SHARED)
     grid = _tiled_grid(x) if tiled else (-(-width // _PIECE_CHANNELS), batch)
     # A block sums over its rows, and one block a stretch of channels often takes all of them.

@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     const int64_t base = (int64_t(place.row) * L + start) * groups * K + int64_t(group) * K;
     const int64_t pairs = int64_t(rows) * groups * L;
 
-    const Tile x_tile(memory), dy_tile(memory + TILE_BYTES);
+    const SharedTile x_tile(memory), dy_tile(memory + TILE_BYTES);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         const int step = r * ACROSS + mine.step;

@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
     const int start = place.order * TILE, group = place.group(mine.group), width = groups * K;
     const int64_t base = (int64_t(place.row) * L + start) * width + group * K;
 
-    const Tile x_tile(memory);
+    const SharedTile x_tile(memory);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         const int step = r * ACROSS + mine.step;

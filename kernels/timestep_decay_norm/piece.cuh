@@ -29,20 +29,9 @@ struct Place {
     }
 };
 
-// A thread's accesses in shared memory, where there are too many for registers. It reads back what it fetched itself.
 extern __shared__ __align__(16) char memory[];
-struct Rows {
-    X* own;
-    DEVICE Rows(int which) { own = reinterpret_cast<X*>(memory) + (which * ROWS * THREADS + threadIdx.x) * VECTOR; }
-    DEVICE void fetch(int r, const X* from, bool inside) const {
-        copy_async_16(shared_address(own + r * THREADS * VECTOR), from, inside);
-    }
-    DEVICE Vector<X, VECTOR> operator()(int r) const {
-        Vector<X, VECTOR> values;
-        values.read(own + r * THREADS * VECTOR);
-        return values;
-    }
-};
+constexpr int TILE_BYTES = ROWS * VECTOR * THREADS * int(sizeof(X));
+using Rows = Tile<X, VECTOR, 1, THREADS>;  // accesses of a thread of which there are too many for registers
 
 DEVICE void prefetch_row(const X* row) {
 #pragma unroll

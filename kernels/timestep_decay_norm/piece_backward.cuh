@@ -33,12 +33,12 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS)
     let_next_begin();
 
     const int64_t own = base + int64_t(last - first) * width + part * VECTOR;
-    const Rows all_x(0), all_dy(1);
+    const Rows all_x(memory), all_dy(memory + TILE_BYTES);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         const bool inside = last - first - r < L;
         const int64_t at = inside ? own - r * width : 0;
-        all_x.fetch(r, x_all + at, inside), all_dy.fetch(r, dy_all + at, inside);
+        all_x.fetch(r, 0, x_all + at, inside), all_dy.fetch(r, 0, dy_all + at, inside);
     }
     copy_async_commit();
     const int64_t pair = int64_t(chain) * L + t, pairs = int64_t(rows) * groups * L;
@@ -71,7 +71,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         const float c = __shfl_sync(all, center, first + r), rs = __shfl_sync(all, scale, first + r);
-        const Vector<X, VECTOR> x = all_x(r), dy = all_dy(r);
+        const Vector<X, VECTOR> x = all_x(r, 0), dy = all_dy(r, 0);
         means[r] = along[r] = across[r] = 0.f;
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) {
@@ -140,7 +140,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS)
         const float middle = __shfl_sync(all, mean, first + r), up = __shfl_sync(all, shift, first + r);
         const float by = __shfl_sync(all, stretch, first + r), rs = __shfl_sync(all, scale, first + r);
         if (last - first - r >= L) continue;
-        const Vector<X, VECTOR> x = all_x(r), dy = all_dy(r);
+        const Vector<X, VECTOR> x = all_x(r, 0), dy = all_dy(r, 0);
         float dx[VECTOR];
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) dx[i] = fmaf(dy[i] * gain[i], rs, fmaf(by, x[i] - middle, up));

@@ -41,27 +41,10 @@ struct Share {
     DEVICE bool within(int v) const { return WHOLE || column(v) < K; }
 };
 
-// A tile in shared memory. Every thread reads back what it fetched itself, so no barrier is needed; registers instead
-// would let fewer blocks live on a multiprocessor, and it is they that hide each other's waits.
+// In shared memory; registers instead would let fewer blocks live on a multiprocessor, and it is they that hide each
+// other's waits.
 constexpr int TILE_BYTES = ROWS * VECTORS * VECTOR * THREADS * int(sizeof(X));
-struct Tile {
-    X* own;
-    DEVICE Tile(char* memory) : own(reinterpret_cast<X*>(memory) + threadIdx.x * VECTOR) {}
-    DEVICE X* at(int r, int v) const { return own + (r * VECTORS + v) * THREADS * VECTOR; }
-    DEVICE void fetch(int r, int v, const X* from, bool inside) const {
-        if constexpr (VECTOR * sizeof(X) == 16) {
-            copy_async_16(shared_address(at(r, v)), from, inside);
-        } else {
-#pragma unroll
-            for (int i = 0; i < VECTOR; ++i) at(r, v)[i] = inside ? from[i] : from_float<X>(0.f);
-        }
-    }
-    DEVICE Vector<X, VECTOR> operator()(int r, int v) const {
-        Vector<X, VECTOR> values;
-        values.read(at(r, v));
-        return values;
-    }
-};
+using SharedTile = Tile<X, VECTOR, VECTORS, THREADS>;
 extern __shared__ __align__(16) char memory[];
 
 // Documents of one row: begin[t] is the step of the latest BOS at or before t, -1 when there is none in this call.

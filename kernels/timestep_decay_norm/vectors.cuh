@@ -30,6 +30,27 @@ template <class T, int W> struct Vector {
     }
 };
 
+// What the threads of a block hold in shared memory: `Vectors` accesses a row and thread. Every thread reads back what it
+// fetched itself, so no barrier is needed.
+template <class T, int W, int Vectors, int Threads> struct Tile {
+    T* own;
+    DEVICE Tile(char* memory) : own(reinterpret_cast<T*>(memory) + threadIdx.x * W) {}
+    DEVICE T* at(int r, int v) const { return own + (r * Vectors + v) * Threads * W; }
+    DEVICE void fetch(int r, int v, const T* from, bool inside) const {
+        if constexpr (W * sizeof(T) == 16) {
+            copy_async_16(shared_address(at(r, v)), from, inside);
+        } else {
+#pragma unroll
+            for (int i = 0; i < W; ++i) at(r, v)[i] = inside ? from[i] : from_float<T>(0.f);
+        }
+    }
+    DEVICE Vector<T, W> operator()(int r, int v) const {
+        Vector<T, W> values;
+        values.read(at(r, v));
+        return values;
+    }
+};
+
 template <int W> DEVICE void write(float* to, const float (&from)[W]) {
     if constexpr (W == 2)
         *reinterpret_cast<float2*>(to) = make_float2(from[0], from[1]);

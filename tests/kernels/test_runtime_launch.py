@@ -145,6 +145,13 @@ def test_launch_passes_everything_on(machine: Machine, module: Module) -> None:
     assert sum(call[0] == "cuLibraryLoadData" for call in machine.driver.calls) == 1
 
 
+@pytest.mark.parametrize("most_shared", [False, True])
+def test_kernels_ask_for_shared_memory(machine: Machine, module: Module, most_shared: bool) -> None:
+    """All of a multiprocessor, in percent, for those that say so, and for no other."""
+    module.kernel("probe", args="Pifq", block=32, most_shared=most_shared).load(0)
+    assert (("cuFuncSetAttribute", 100) in machine.driver.calls) == most_shared
+
+
 def test_early_launches_pass_everything_on(machine: Machine, module: Module) -> None:
     kernel = module.kernel("probe", args="Pifq", block=(32, 4), smem=64)
     kernel.launch(0, (5, 6), 1, -3, 1.5, 2, early=True)
